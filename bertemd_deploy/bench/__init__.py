@@ -1,0 +1,1 @@
+"""What runs in, or beside, the measured process: workers, timing, memory and the comparison of models."""

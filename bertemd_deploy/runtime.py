@@ -1,0 +1,119 @@
+"""ONNX Runtime sessions, opened in one place: threads, graph level, inputs and outputs by name.
+
+Threads come from what this process may really use: the affinity mask, the container's CPU quota and the physical cores,
+whichever is least. ONNX Runtime's own default sizes its pool from the host and is wrong in a container.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bertemd_deploy.encoding import Encoded, length_batches
+from bertemd_deploy.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+OUTPUT_NAME = "logits"
+
+
+@dataclass(frozen=True)
+class CpuLimits:
+    """How many CPUs this process may use, each bound by itself; `quota` in whole CPUs, None where there is none."""
+
+    affinity: int
+    quota: float | None
+    physical: int
+
+    @property
+    def threads(self) -> int:
+        """The threads worth starting: the least bound, at least 1."""
+        bounds = [self.affinity, self.physical] + ([math.ceil(self.quota)] if self.quota else [])
+        return max(1, min(bounds))
+
+
+def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Return the container's CPU quota in CPUs (cgroup v2, then v1), or None where no quota is set."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
+        period_us = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return quota_us / period_us if quota_us > 0 else None
+
+
+def cpu_limits() -> CpuLimits:
+    """Return the bounds on this process's CPUs: affinity mask, container quota, physical cores."""
+    import psutil
+
+    logical = os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    return CpuLimits(affinity, cgroup_cpu_quota(), psutil.cpu_count(logical=False) or logical)
+
+
+def open_session(path: Path, *, threads: int | None = None, optimize: bool = True) -> onnxruntime.InferenceSession:
+    """Open an ONNX file for CPU inference.
+
+    Args:
+        path: the graph.
+        threads: intra-op threads; None takes `cpu_limits().threads`.
+        optimize: let ONNX Runtime rewrite the graph in memory (its full level); False runs it node by node as written.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or not loadable by this ONNX Runtime.
+    """
+    import onnxruntime
+
+    if not path.is_file():
+        raise ArtifactError(f"{path}: there is no such graph.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or cpu_limits().threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    # Threads of a finished call stop spinning at once: an idle model must not slow its neighbours.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises plain C++ exceptions of many types
+        raise ArtifactError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load this file "
+            f"({str(error).strip().splitlines()[0][:200]}). Export it again, or update onnxruntime."
+        ) from error
+
+
+def run_session(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+    """Return the (batch, outputs) float32 logits of one batch, feeding exactly the inputs the graph declares."""
+    declared = [node.name for node in session.get_inputs()]
+    (logits,) = session.run([OUTPUT_NAME], {name: inputs[name] for name in declared})
+    return np.asarray(logits, dtype=np.float32)
+
+
+def predict_logits(
+    session: onnxruntime.InferenceSession, examples: Encoded, *, pad_id: int, batch_size: int = 32
+) -> NDArray[np.float32]:
+    """Return (n, outputs) float32 logits of all `examples`, in their order, run in batches of like length."""
+    logits: NDArray[np.float32] | None = None
+    for rows in length_batches(examples.lengths, batch_size=batch_size):
+        part = run_session(session, examples.batch(rows, pad_id=pad_id))
+        if logits is None:
+            logits = np.empty((len(examples), part.shape[-1]), dtype=np.float32)
+        logits[rows] = part
+    if logits is None:
+        raise ValueError("no examples")
+    return logits
