@@ -1,0 +1,250 @@
+"""The `bench` stage: run every pass for the teacher and the student's graphs, and state the result as one record.
+
+The record holds everything a report needs, artifact and distillation included, so it can be carried from a device alone.
+Units are in the names; a value that was not measured is None. A speed-up is against the model that `baseline` names and
+`claimed` only if its whole interval lies above 1 and no other program took the CPUs it was measured on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bertemd_deploy.artifact import SCHEMA_VERSION, Artifact
+from bertemd_deploy.bench import environment
+from bertemd_deploy.bench.candidates import Candidate, students, teachers
+from bertemd_deploy.bench.passes import CellResult, Profile, profile, time_cells
+from bertemd_deploy.bench.statistics import speedup, summarize
+from bertemd_deploy.bench.workload import Cell, plan_cells
+from bertemd_deploy.config import BenchSettings
+from bertemd_deploy.console import note, progress, warn
+from bertemd_deploy.errors import MeasurementError
+from bertemd_deploy.files import claim_folder, write_json
+from bertemd_deploy.metrics import decisions, evaluate_metrics
+from bertemd_deploy.runtime import CpuLimits, cpu_limits
+
+RECORD = "record.json"
+TEACHER_PARITY = 1e-2  # largest difference of the teacher's logits between PyTorch and its exported graph
+LONG_LIST = 16
+EXCERPT = (
+    "task", "labels", "max_length", "student", "teacher", "metrics", "parity", "quantization", "requires", "versions",
+    "created", "commit",
+)  # fmt: skip
+
+
+def bench(
+    artifact: Path, *, teacher: Path | None, out: Path, settings: BenchSettings, force: bool = False
+) -> dict[str, Any]:
+    """Measure an artifact's graphs, and its teacher, on this machine; write and return the record.
+
+    Args:
+        artifact: an artifact folder.
+        teacher: Hugging Face sequence-classification folder the speed-ups are against; None measures the student alone.
+        out: folder for `record.json`.
+        settings: what to measure and for how long.
+        force: write into `out` even if it holds something else.
+
+    Returns:
+        The record, as written to `out / "record.json"`.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or `out` is in the way.
+        ModelError: the teacher is incomplete or does not fit the artifact.
+        BertemdError: a teacher was named and torch is not installed.
+        MeasurementError: nothing to measure, a worker died, or a model's outputs are not usable.
+    """
+    claim_folder(out, marker=RECORD, force=force)
+    began = time.monotonic()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    loaded = Artifact.load(artifact)
+    for name in loaded.manifest["files"]:
+        loaded.file(name)
+    limits = cpu_limits()
+    cells, notes = plan_cells(
+        settings, max_length=loaded.max_length, cpus=limits.threads, most_threads=_usable_cpus(limits)
+    )
+    with tempfile.TemporaryDirectory(prefix="bertemd-bench-") as scratch:
+        graphs, absent = students(loaded, settings.graphs)
+        notes += absent
+        candidates = graphs
+        if teacher:
+            found, unnamed = teachers(teacher, loaded, scratch=Path(scratch))
+            candidates, notes = found + graphs, notes + unnamed
+        for line in notes:
+            note(f"bench: {line}")
+        before = environment.conditions()
+        profiles, results = _run(candidates, cells, artifact=loaded, settings=settings)
+    if disturbed := sum(result.disturbed for result in results):
+        notes.append(
+            f"other programs took CPU time in {disturbed} of {len(results)} cells; no speed-up is claimed there. "
+            "Measure again on an idle machine"
+        )
+        warn(f"bench: {notes[-1]}.")
+    entries = _model_entries(candidates, profiles, artifact=loaded)
+    baseline = candidates[0] if teacher else None
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "device": environment.device(),
+        "versions": environment.versions(),
+        "started": started,
+        "duration_seconds": time.monotonic() - began,
+        "conditions": {"before": before, "after": environment.conditions()},
+        "settings": dataclasses.asdict(settings),
+        "notes": notes,
+        "baseline": baseline.name if baseline else None,
+        "artifact": artifact_excerpt(loaded),
+        "distillation": loaded.manifest.get("distillation"),
+        "models": entries,
+        "measurements": [
+            _measurement(entries[at], result, at=at, baseline=bool(baseline), seed=settings.seed)
+            for result in results
+            for at in range(len(candidates))
+        ],
+    }
+    write_json(out / RECORD, record)
+    return record
+
+
+def _usable_cpus(limits: CpuLimits) -> int:
+    """Return how many threads can run at once, hardware threads included."""
+    return max(1, min(limits.affinity, math.ceil(limits.quota)) if limits.quota else limits.affinity)
+
+
+def _run(
+    candidates: Sequence[Candidate], cells: Sequence[Cell], *, artifact: Artifact, settings: BenchSettings
+) -> tuple[list[Profile], list[CellResult]]:
+    """Run all passes under one progress bar."""
+    most_threads = max(cell.threads for cell in cells)
+    profiles: list[Profile] = []
+    results: list[CellResult] = []
+    with progress("measuring", len(candidates) + len(cells)) as bar:
+        for candidate in candidates:
+            profiles.append(profile(candidate, artifact=artifact, settings=settings, threads=most_threads))
+            bar.advance(detail=f"memory, accuracy, cold start: {candidate.name}")
+
+        def done(cell: Cell) -> None:
+            bar.advance(detail=f"batch {cell.batch}, {cell.sequence} tokens, {cell.threads} threads")
+
+        for _, group in groupby(cells, key=lambda cell: cell.threads):
+            results += time_cells(candidates, list(group), artifact=artifact, settings=settings, done=done)
+    return profiles, results
+
+
+def _model_entries(
+    candidates: Sequence[Candidate], profiles: Sequence[Profile], *, artifact: Artifact
+) -> list[dict[str, Any]]:
+    """Return one `models` entry per candidate: identity, size, metrics, memory, cold start, agreement.
+
+    Raises:
+        MeasurementError: outputs are not finite, or the teacher's exported graph is not the teacher.
+    """
+    labels = artifact.evaluation().labels
+    reference = profiles[0].logits if candidates[0].model == "teacher" else None
+    # The same weights in another file: what PyTorch counted holds for the graph as well.
+    teacher_parameters = next((part.parameters for part in profiles if part.parameters is not None), None)
+    entries = []
+    for at, (candidate, measured) in enumerate(zip(candidates, profiles, strict=True)):
+        try:
+            metrics = evaluate_metrics(artifact.metric_names, logits=measured.logits, labels=labels)
+        except ValueError as error:
+            raise MeasurementError(
+                f"bench, {candidate.name}: its outputs on the evaluation slice are not usable ({error}). Export it again."
+            ) from error
+        agreement = None
+        if reference is not None and at > 0:
+            if candidate.model == "teacher":
+                _check_teacher_graph(reference, measured.logits)
+            if artifact.labels:
+                agreement = float((decisions(reference) == decisions(measured.logits)).mean())
+        entries.append(
+            {
+                "name": candidate.name,
+                "model": candidate.model,
+                "backend": candidate.backend,
+                "graph": candidate.graph,
+                "precision": candidate.precision,
+                "model_bytes": candidate.model_bytes,
+                "layers": candidate.layers,
+                "hidden": candidate.hidden,
+                "parameters": teacher_parameters if candidate.model == "teacher" else measured.parameters,
+                "metrics": metrics,
+                "agreement_with_teacher": agreement,
+                "evaluated_examples": len(labels),
+                "cold_start_ms": measured.cold_start_ms,
+                "peak_rss_bytes": measured.peak_rss_bytes,
+                "rss_after_import_bytes": measured.rss_after_import_bytes,
+            }
+        )
+    return entries
+
+
+def _check_teacher_graph(torch_logits: NDArray[np.float32], graph_logits: NDArray[np.float32]) -> None:
+    """Refuse to compare against an exported teacher that does not compute what the teacher does."""
+    difference = float(np.abs(torch_logits - graph_logits).max())
+    if not difference <= TEACHER_PARITY:
+        raise MeasurementError(
+            f"bench: the teacher's ONNX graph differs from PyTorch by {difference:.1e} on its logits (allowed "
+            f"{TEACHER_PARITY:.0e}), so it is not the teacher. Check the versions of torch and onnxruntime."
+        )
+
+
+def _measurement(entry: dict[str, Any], result: CellResult, *, at: int, baseline: bool, seed: int) -> dict[str, Any]:
+    """Return one measurement.
+
+    Args:
+        entry: the model's `models` entry.
+        result: all models in one cell.
+        at: the model's place in it.
+        baseline: whether the model at place 0 is the teacher to compare against.
+        seed: of the bootstrap.
+    """
+    cell, timing = result.cell, result.alone[at]
+    latency = summarize(timing.rounds)
+    gain = None
+    if baseline and at > 0:
+        gain = speedup(result.alone[0].rounds, timing.rounds, seed=seed)
+        gain["claimed"] = gain["claimed"] and not result.disturbed
+    return {
+        **{key: entry[key] for key in ("model", "backend", "graph", "precision", "model_bytes")},
+        "batch": cell.batch,
+        "sequence": cell.sequence,
+        "threads": cell.threads,
+        "n": latency["n"],
+        "latency_ms": latency,
+        "end_to_end_ms": summarize(result.whole[at].rounds) if result.whole else None,
+        "throughput_per_s": 1000 * cell.batch / latency["mean"],
+        "cold_start_ms": entry["cold_start_ms"],
+        "peak_rss_bytes": entry["peak_rss_bytes"],
+        "cpu_seconds_per_inference": timing.cpu_seconds / latency["n"],
+        "metric": next(iter(entry["metrics"].values())),
+        "speedup_vs_teacher": gain,
+        "warm_up": timing.warm_up,
+        "other_cpus_busy": result.other_cpus_busy,
+    }
+
+
+def artifact_excerpt(artifact: Artifact) -> dict[str, Any]:
+    """Return what a report tells about the artifact: parts of its manifest, long lists as counts, bytes per file."""
+    excerpt = {key: _shortened(artifact.manifest.get(key)) for key in EXCERPT if key != "labels"}
+    files = {name: entry.get("bytes") for name, entry in artifact.manifest["files"].items()}
+    return excerpt | {"labels": artifact.labels, "files": files}
+
+
+def _shortened(value: Any) -> Any:
+    """Return `value` with each list of more than 16 names or numbers, at any depth, replaced by {"count": its length}."""
+    if isinstance(value, dict):
+        return {key: _shortened(item) for key, item in value.items()}
+    if isinstance(value, list):
+        long = len(value) > LONG_LIST and not any(isinstance(item, dict | list) for item in value)
+        return {"count": len(value)} if long else [_shortened(item) for item in value]
+    return value

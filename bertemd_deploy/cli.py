@@ -1,0 +1,416 @@
+"""The command line: one command per stage, a few lines each; heavy imports live inside the commands.
+
+Results go to stdout, progress and notes to stderr; `--json` prints the record instead of the summary. A `BertemdError`
+becomes one message and its exit code; anything else is our own mistake and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec
+
+import typer
+
+from bertemd_deploy import __version__
+from bertemd_deploy.errors import BertemdError, RecipeError, missing_extra
+
+app = typer.Typer(
+    help="Distil a fine-tuned BERT, quantize it, export it to ONNX, and measure what was gained and lost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+_TRAIN_PACKAGES = {
+    "torch",
+    "transformers",
+    "datasets",
+    "ot",
+    "scipy",
+    "onnx",
+    "onnxscript",
+    "safetensors",
+    "huggingface_hub",
+}
+_INTERRUPTED = 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Write into a folder that holds something else; start over.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a recipe key.")]
+Out = Annotated[Path, typer.Option(help="Output folder.")]
+Data = Annotated[str, typer.Option(help="glue/<task>, a folder with train.* and dev.*, or demo.")]
+TaskName = Annotated[str | None, typer.Option(help="Task of a data folder, such as mrpc or regression.")]
+Quantize = Literal["dynamic", "none"]
+LayerMapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
+
+P = ParamSpec("P")
+
+
+def _stage(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn known failures and interrupts of a command into one message and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except BertemdError as error:
+            _fail(error)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in _TRAIN_PACKAGES:
+                raise
+            _fail(missing_extra("train", package=package))
+        except KeyboardInterrupt:
+            typer.echo("interrupted; what is finished is kept, the same command continues", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
+
+    return wrapped
+
+
+def _fail(error: BertemdError) -> None:
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(error.exit_code) from error
+
+
+def _show(record: dict[str, Any], *, as_json: bool, summary: list[str]) -> None:
+    """Print a record, or its summary lines, on stdout."""
+    typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(summary))
+
+
+def _metrics_text(metrics: dict[str, float]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Distil a fine-tuned BERT, quantize it, export it to ONNX, and measure what was gained and lost."""
+
+
+@app.command()
+@_stage
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/<recipe name>].")] = None,
+    set_: Set = None,
+    from_stage: Annotated[
+        str | None,
+        typer.Option("--from", help="Do this stage and the later ones again: finetune distill export bench report."),
+    ] = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Fine-tune (if asked), distil, export, quantize, bench and report; continues a killed run."""
+    from bertemd_deploy import pipeline
+    from bertemd_deploy.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides=set_ or [])
+    place = out or Path("runs") / recipe.stem
+    stage = "export" if from_stage == "quantize" else from_stage
+    record = pipeline.run(resolved, out=place, from_stage=stage, force=force)
+    distilled = record["distill"]["metrics"]
+    lines = [f"{name:<16}{_metrics_text(values)}" for name, values in _named_metrics(distilled, record["export"])]
+    _show(
+        record,
+        as_json=json_,
+        summary=[*lines, f"artifact        {record['artifact']}", f"report          {record['page']}"],
+    )
+
+
+def _named_metrics(distilled: dict[str, Any], exported: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    yield "teacher", distilled["teacher"]
+    yield "student", distilled["student"]
+    for graph, values in exported["metrics"].items():
+        if graph not in ("teacher", "student"):
+            yield graph, values
+
+
+@app.command()
+@_stage
+def check(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")], set_: Set = None, json_: Json = False
+) -> None:
+    """Validate a recipe and print it with every default filled in; all faults are listed at once."""
+    from bertemd_deploy.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides=set_ or [])
+    _show(resolved.to_dict(), as_json=json_, summary=[resolved.to_yaml().rstrip()])
+
+
+@app.command()
+@_stage
+def finetune(
+    model: Annotated[str, typer.Option(help="Pretrained encoder: folder, hub id, or package:IMPORT_NAME/sub/folder.")],
+    data: Data,
+    out: Out,
+    task: TaskName = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs [default: 3].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed [default: 42].")] = None,
+    set_: Set = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Fine-tune a pretrained encoder into a task teacher."""
+    from bertemd_deploy import pipeline
+    from bertemd_deploy.checkpoints import WEIGHTS, find_model
+    from bertemd_deploy.files import sha256_file
+
+    given = {
+        "teacher": {"model": model, "epochs": epochs, "seed": seed, "finetune": "always"},
+        "data": {"path": data, "task": task},
+        "student": {"name": "4L"},
+    }
+    recipe = _recipe(None, given, set_)
+    loaded, max_length = pipeline.load_recipe_data(recipe.data)
+    folder = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
+    inputs = {
+        "data": loaded.sha256,
+        "max_length": max_length,
+        "weights": sha256_file(folder / WEIGHTS),
+        "teacher": dataclasses.asdict(recipe.teacher),
+    }
+    record = pipeline.stand_alone(
+        "finetune",
+        out,
+        inputs=inputs,
+        force=force,
+        train=lambda work, **extra: pipeline.finetune_stage(recipe, loaded, max_length, work, **extra),
+    )
+    _show(record, as_json=json_, summary=[f"dev {_metrics_text(record['metrics'])}", str(out)])
+
+
+@app.command()
+@_stage
+def distill(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe file, instead of the options.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Fine-tuned teacher: folder, hub id, or package:…")] = None,
+    data: Annotated[str | None, typer.Option(help="glue/<task>, a folder with train.* and dev.*, or demo.")] = None,
+    student: Annotated[str | None, typer.Option(help="4L-312, 6L-768, 4L or 6L (the teacher's width).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Student folder.")] = None,
+    task: TaskName = None,
+    mapping: Annotated[LayerMapping | None, typer.Option(help="Layer mapping [default: emd].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs [default: 10].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed [default: 42].")] = None,
+    set_: Set = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Distil a fine-tuned teacher into a student."""
+    from bertemd_deploy import pipeline
+    from bertemd_deploy.checkpoints import find_model
+
+    given = {
+        "teacher": {"model": teacher},
+        "data": {"path": data, "task": task},
+        "student": {"name": student},
+        "distill": {"mapping": mapping, "epochs": epochs, "seed": seed},
+    }
+    if recipe is None and (teacher is None or data is None or student is None):
+        raise RecipeError("distill: name a RECIPE, or all of --teacher, --data and --student.")
+    if out is None:
+        raise RecipeError("distill: name the student folder with --out.")
+    resolved = _recipe(recipe, given, set_)
+    loaded, max_length = pipeline.load_recipe_data(resolved.data)
+    folder = find_model(resolved.teacher.model, sha256=resolved.teacher.sha256)
+    inputs = pipeline.distill_inputs(resolved, folder, {"data": loaded.sha256, "max_length": max_length})
+    record = pipeline.stand_alone(
+        "distill",
+        out,
+        inputs=inputs,
+        force=force,
+        train=lambda work, **extra: pipeline.distill_stage(resolved, folder, loaded, max_length, work, **extra),
+    )
+    lines = [f"{name:<8} {_metrics_text(values)}" for name, values in record["metrics"].items()]
+    _show(record, as_json=json_, summary=[*lines, str(out)])
+
+
+def _recipe(path: Path | None, given: Mapping[str, Mapping[str, Any]], overrides: list[str] | None) -> Any:
+    """Return a recipe from a file or nothing, with options that were given on top, then `--set` overrides."""
+    from bertemd_deploy.config import load_recipe, options_recipe
+
+    settings = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, body in given.items()
+        for key, value in body.items()
+        if value is not None
+    ]
+    if path is None:
+        return options_recipe([*settings, *(overrides or [])])
+    return load_recipe(path, overrides=[*settings, *(overrides or [])])
+
+
+@app.command()
+@_stage
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder or artifact.")],
+    data: Data,
+    task: TaskName = None,
+    graph: Annotated[str, typer.Option(help="Artifact's graph: auto fp32 int8 fused fused-int8.")] = "auto",
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Print the task's metrics of a model on the dev split."""
+    from bertemd_deploy.artifact import MANIFEST
+
+    given = {"teacher": {"model": str(model)}, "data": {"path": data, "task": task}, "student": {"name": "4L"}}
+    settings = _recipe(None, given, set_).data
+    if (model / MANIFEST).exists():
+        from bertemd_deploy.classifier import evaluate_artifact
+
+        record = evaluate_artifact(model, settings=settings, graph=graph)
+    else:
+        from bertemd_deploy import pipeline
+        from bertemd_deploy.checkpoints import find_model
+        from bertemd_deploy.evaluate import evaluate_folder
+
+        loaded, max_length = pipeline.load_recipe_data(settings)
+        record = evaluate_folder(find_model(str(model)), data=loaded, max_length=max_length)
+    summary = f"dev {_metrics_text(record['metrics'])} ({record['rows']:,} rows, {record['backend']})"
+    _show(record, as_json=json_, summary=[summary])
+
+
+@app.command()
+@_stage
+def export(
+    student: Annotated[Path, typer.Argument(help="Student folder (Hugging Face, safetensors).")],
+    out: Out,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Format of the artifact: ONNX, the only one there is.")] = True,
+    quantize: Annotated[Quantize, typer.Option(help="Int8 quantization.")] = "dynamic",
+    max_drop: Annotated[float, typer.Option(help="Points (0.01) of the task's metric int8 may lose.")] = 1.0,
+    exporter: Annotated[
+        Literal["torchscript", "dynamo"] | None, typer.Option(help="Which of torch's ONNX exporters.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Data for a student that was not distilled here.")] = None,
+    task: TaskName = None,
+    set_: Set = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Export a student to a parity-checked, accuracy-gated ONNX artifact."""
+    from bertemd_deploy import pipeline
+    from bertemd_deploy.artifact import Artifact
+
+    given = {
+        "teacher": {"model": str(student)},
+        "data": {"path": data or "demo", "task": task},
+        "student": {"name": "4L"},
+        "export": {"exporter": exporter},
+        "quantize": {"mode": quantize, "max_drop": max_drop},
+    }
+    recipe = _recipe(None, given, set_)
+    folder = pipeline.export_stage(recipe, student, out, data=data, force=force)
+    record = pipeline.export_record(Artifact.load(folder))
+    lines = [f"{name:<12} {_metrics_text(values)}" for name, values in record["metrics"].items()]
+    sizes = [f"{name:<34} {size / 1e6:8.2f} MB" for name, size in record["bytes"].items()]
+    _show(record, as_json=json_, summary=[*lines, *sizes, str(folder)])
+
+
+@app.command()
+@_stage
+def bench(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    out: Out,
+    teacher: Annotated[str | None, typer.Option(help="Teacher to compare with: folder, hub id, or package:…")] = None,
+    set_: Set = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Measure latency, memory and accuracy of an artifact against its teacher on this machine."""
+    from bertemd_deploy.bench.compare import bench as measure
+
+    given = {"teacher": {"model": str(teacher or artifact)}, "data": {"path": "demo"}, "student": {"name": "4L"}}
+    settings = _recipe(None, given, set_).bench
+    folder = None
+    if teacher is not None:
+        from bertemd_deploy.checkpoints import find_model
+
+        folder = find_model(teacher)
+    record = measure(artifact, teacher=folder, out=out, settings=settings, force=force)
+    _show(record, as_json=json_, summary=[str(out / "record.json")])
+
+
+@app.command()
+@_stage
+def report(
+    records: Annotated[
+        list[Path], typer.Argument(metavar="RECORD...", help="record.json files of one or more devices.")
+    ],
+    out: Out,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Merge bench records into one page: HTML, Markdown and JSON."""
+    from bertemd_deploy.report import report as write
+
+    page = write(records, out=out, force=force)
+    _show({"page": str(page)}, as_json=json_, summary=[str(page)])
+
+
+@app.command()
+@_stage
+def predict(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT...", help="Texts; without any, stdin line by line.")
+    ] = None,
+    pair: Annotated[
+        bool, typer.Option("--pair", help="Each text is a pair: first and second, separated by a tab.")
+    ] = False,
+    graph: Annotated[str, typer.Option(help="auto fp32 int8 fused fused-int8.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads [default: what this process may use].")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Print a label and its probability for each text, in order."""
+    from bertemd_deploy.classifier import Classifier
+
+    classifier = Classifier.load(artifact, graph=graph, threads=threads)
+    lines = iter(texts) if texts else _stdin_lines()
+    try:
+        for prediction in classifier.stream(_rows(lines, pair=pair)):
+            if json_:
+                sys.stdout.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
+            else:
+                label = "" if prediction.label is None else f"{prediction.label}\t"
+                sys.stdout.write(f"{label}{prediction.score:.4f}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone: nothing to say, and nobody to say it to
+        raise typer.Exit(0) from None
+
+
+def _stdin_lines() -> Iterator[str]:
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise BertemdError(f"stdin line {number}: not UTF-8. Convert it, e.g. with iconv -t UTF-8.") from error
+
+
+def _rows(lines: Iterator[str], *, pair: bool) -> Iterator[tuple[str] | tuple[str, str]]:
+    for number, line in enumerate(lines, 1):
+        if not pair:
+            yield (line,)
+            continue
+        first, tab, second = line.partition("\t")
+        if not tab:
+            raise BertemdError(f"text {number}: --pair needs two texts separated by a tab, found one: {line[:60]!r}.")
+        yield (first, second)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

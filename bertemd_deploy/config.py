@@ -1,0 +1,403 @@
+"""The recipe: frozen dataclasses, YAML in, every fault listed at once.
+
+One dataclass per section, in pipeline order. A field's type and bounds stand in its declaration and are all that the
+reader checks against; combinations that cannot work are in `_combination_faults`. A recipe holds data only: no Python
+paths, no inheritance, no interpolation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bertemd_deploy.artifact import GRAPHS
+from bertemd_deploy.errors import RecipeError
+from bertemd_deploy.tasks import TASKS
+
+Mapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
+MAPPINGS: tuple[str, ...] = typing.get_args(Mapping)
+
+
+def _bounded(default: Any, low: float | None = None, high: float | None = None, *, above: bool = False) -> Any:
+    """Declare a number with bounds; `above` makes the lower bound exclusive."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Where the teacher comes from, and how it is fine-tuned where it has no head for the task yet.
+
+    Attributes:
+        model: Hugging Face folder, hub id, or `package:IMPORT_NAME/sub/folder`.
+        sha256: expected hash of its `model.safetensors`; null checks none.
+        finetune: "auto" fine-tunes a checkpoint without a classification head, "always" any, "never" none.
+    """
+
+    model: str = ""
+    sha256: str | None = None
+    finetune: Literal["auto", "always", "never"] = "auto"
+    epochs: int = _bounded(3, 1, 1000)
+    batch_size: int = _bounded(32, 1, 4096)
+    learning_rate: float = _bounded(5e-5, 0, 1, above=True)
+    warmup_ratio: float = _bounded(0.1, 0, 1)
+    weight_decay: float = _bounded(0.01, 0, 1)
+    seed: int = _bounded(42, 0, 2**31)
+    checkpoint_seconds: float = _bounded(60.0, 0)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The data set.
+
+    Attributes:
+        path: "demo", "glue/<task>", or a folder with train.* and dev.* (tsv, csv, jsonl, parquet).
+        task: row of `tasks.TASKS`; null takes it from "glue/<task>" or "demo", and "classification" for a folder.
+        max_length: longest input in tokens; null takes the task's.
+        sentence1, sentence2, label: column names; null takes the task's.
+        train_limit: use this many train rows, drawn once with a fixed seed; null uses all.
+    """
+
+    path: str = ""
+    task: str | None = None
+    max_length: int | None = _bounded(None, 4, 8192)
+    sentence1: str | None = None
+    sentence2: str | None = None
+    label: str = "label"
+    train_limit: int | None = _bounded(None, 1)
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """The student's shape and starting weights.
+
+    Attributes:
+        name: "4L-312", "6L-768", "4L" or "6L" (the teacher's width), or null with the four sizes given.
+        init: "auto" (the name's own start, see `models.STUDENTS`), "teacher" (evenly spaced teacher layers), "random",
+            or a checkpoint (folder, hub id, package).
+    """
+
+    name: str | None = None
+    layers: int | None = _bounded(None, 1, 48)
+    hidden: int | None = _bounded(None, 8, 8192)
+    heads: int | None = _bounded(None, 1, 128)
+    intermediate: int | None = _bounded(None, 8, 65536)
+    init: str = "auto"
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Distillation, by the names of the method.
+
+    Attributes:
+        mapping: which teacher layers a student layer learns from.
+        beta, theta, alpha: weights of the total loss, L = beta (theta (EMD_H + EMD_A) + L_emb) + L_pred.
+        temperature: tau_kd of the prediction loss.
+        reduction: "batch" sums over classes and takes the mean over the batch; "element" is the mean over both, to
+            which the published beta belongs.
+        cost_attention: form of the marginals' update; emd_temperature (T_emd) belongs to "softmax".
+        separate_marginals: keep attention and hidden marginals apart instead of averaging them.
+        hidden_projection: learn W also where the widths agree (it starts as the identity).
+        checkpoint_seconds: longest time between two resumable checkpoints.
+    """
+
+    mapping: Mapping = "emd"
+    epochs: int = _bounded(10, 1, 1000)
+    batch_size: int = _bounded(32, 1, 4096)
+    learning_rate: float = _bounded(2e-5, 0, 1, above=True)
+    warmup_ratio: float = _bounded(0.1, 0, 1)
+    weight_decay: float = _bounded(0.01, 0, 1)
+    max_grad_norm: float = _bounded(1.0, 0, above=True)
+    beta: float = _bounded(0.005, 0)
+    theta: float = _bounded(1.0, 0)
+    alpha: float = _bounded(1.0, 0, 1)
+    temperature: float = _bounded(1.0, 0, 100, above=True)
+    reduction: Literal["batch", "element"] = "batch"
+    cost_attention: Literal["ratio", "softmax"] = "ratio"
+    emd_temperature: float = _bounded(1.0, 0, above=True)
+    separate_marginals: bool = False
+    hidden_projection: bool = False
+    seed: int = _bounded(42, 0, 2**31)
+    logging_steps: int = _bounded(10, 1)
+    checkpoint_seconds: float = _bounded(60.0, 0)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How torch becomes ONNX: which of torch's two exporters, and the opset."""
+
+    exporter: Literal["torchscript", "dynamo"] = "torchscript"
+    opset: int = _bounded(17, 17, 21)
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """Int8: mode, and how many points (0.01) of the task's first metric it may lose on the dev set."""
+
+    mode: Literal["dynamic", "none"] = "dynamic"
+    max_drop: float = _bounded(1.0, 0, 100)
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is measured: every sequence length at every batch size and thread count, for every graph.
+
+    Attributes:
+        sequence_lengths: tokens, or "max" for the artifact's longest input.
+        threads: thread counts, or "all" for every CPU this process may use.
+        rounds: how often the models take turns.
+        seconds_per_cell: time for one model in one cell, over all rounds.
+        replay: also run the dev set's real lengths.
+        graphs: which of the artifact's graphs; null takes all it holds.
+    """
+
+    sequence_lengths: tuple[int | Literal["max"], ...] = (16, 32, 64, 128, "max")
+    batch_sizes: tuple[int, ...] = (1, 8)
+    threads: tuple[int | Literal["all"], ...] = (1, "all")
+    rounds: int = _bounded(5, 2, 1000)
+    seconds_per_cell: float = _bounded(0.4, 0, above=True)
+    replay: bool = True
+    graphs: tuple[str, ...] | None = None
+    seed: int = _bounded(0, 0, 2**31)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything one run needs; sections follow the pipeline."""
+
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    student: StudentSettings = field(default_factory=StudentSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    quantize: QuantizeSettings = field(default_factory=QuantizeSettings)
+    bench: BenchSettings = field(default_factory=BenchSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain dictionaries, lists and scalars."""
+        return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as people write it: 2e-5 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str, *, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{where}:{line} not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+
+
+def load_recipe(path: Path, *, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or the recipe has faults; all of them are in the one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such recipe.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from error
+    content = _parse_yaml(text, where=str(path))
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections ({', '.join(_sections())}).")
+    faults: list[str] = []
+    for override in overrides:
+        _apply_override(content, override, faults)
+    return build_recipe(content, where=str(path), faults=faults)
+
+
+def options_recipe(overrides: typing.Sequence[str]) -> Recipe:
+    """Return a recipe made of `section.key=value` settings alone, as command-line options give them.
+
+    Raises:
+        RecipeError: the settings have faults; all of them are in the one message.
+    """
+    content: dict[str, Any] = {}
+    faults: list[str] = []
+    for override in overrides:
+        _apply_override(content, override, faults)
+    return build_recipe(content, where="options", faults=faults)
+
+
+def build_recipe(content: typing.Mapping[str, Any], *, where: str, faults: typing.Sequence[str] = ()) -> Recipe:
+    """Return the recipe in `content` (sections of plain values).
+
+    Raises:
+        RecipeError: an unknown section or key, a wrong type or bound, an impossible combination; all listed together.
+    """
+    found = list(faults)
+    known = _sections()
+    sections: dict[str, Any] = {}
+    for name, body in content.items():
+        if name not in known:
+            found.append(f"unknown section {name!r}; known: {', '.join(known)}")
+        elif body is not None and not isinstance(body, dict):
+            found.append(f"{name} should be a mapping of keys, found {_describe(body)}")
+        else:
+            sections[name] = _read_section(known[name], name, body or {}, found)
+    recipe = Recipe(**sections)
+    found += _combination_faults(recipe)
+    if found:
+        listed = "\n".join(f"  - {fault}" for fault in dict.fromkeys(found))
+        raise RecipeError(f"{where}: {len(dict.fromkeys(found))} fault(s) in the recipe:\n{listed}")
+    return recipe
+
+
+def _sections() -> dict[str, type]:
+    hints = typing.get_type_hints(Recipe)
+    return {item.name: hints[item.name] for item in dataclasses.fields(Recipe)}
+
+
+def _apply_override(content: dict[str, Any], override: str, faults: list[str]) -> None:
+    name, equals, raw = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not equals or not dot or not section or not key:
+        faults.append(f"--set {override!r}: write it as section.key=value")
+        return
+    body = content.setdefault(section, {})
+    if body is None:
+        body = content[section] = {}
+    if not isinstance(body, dict):
+        return  # the section's own fault is reported when it is read
+    try:
+        body[key] = _parse_yaml(raw, where=f"--set {name}")
+    except RecipeError as error:
+        faults.append(str(error))
+
+
+def _read_section(kind: type, name: str, body: dict[str, Any], faults: list[str]) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in body.items():
+        if key not in fields:
+            faults.append(f"{name}.{key}: unknown key; known: {', '.join(fields)}")
+            continue
+        try:
+            values[key] = _check_bounds(_convert(value, hints[key]), fields[key].metadata)
+        except ValueError as error:
+            faults.append(f"{name}.{key}: {error}")
+    return kind(**values)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Return `value` as the annotated type `hint`, or raise ValueError saying what was allowed."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise ValueError(f"found {_describe(value)}, allowed: {', '.join(map(str, arguments))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            try:
+                return _convert(value, option)
+            except ValueError:
+                continue
+        raise ValueError(f"found {_describe(value)}, allowed: {' or '.join(map(_type_name, arguments))}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f"found {_describe(value)}, allowed: a list of {_type_name(arguments[0])}")
+        items = tuple(_convert(item, arguments[0]) for item in value)
+        if any(isinstance(item, int) and item < 1 for item in items):
+            raise ValueError(f"found {list(items)}, allowed: numbers from 1")
+        return items
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise ValueError(f"found {_describe(value)}, allowed: {_type_name(hint)}")
+    return value
+
+
+def _check_bounds(value: Any, bounds: typing.Mapping[str, Any]) -> Any:
+    low, high = bounds.get("low"), bounds.get("high")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        too_low = low is not None and (value <= low if bounds.get("above") else value < low)
+        if too_low or (high is not None and value > high):
+            lower = "" if low is None else f"{'above' if bounds.get('above') else 'from'} {low:g} "
+            raise ValueError(f"found {value:g}, allowed: {lower}{'' if high is None else f'to {high:g}'}".rstrip())
+    return value
+
+
+def _describe(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(repr(item) for item in typing.get_args(hint))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(map(_type_name, typing.get_args(hint)))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    return names.get(hint, str(hint))
+
+
+def _combination_faults(recipe: Recipe) -> list[str]:
+    faults = []
+    if not recipe.teacher.model:
+        faults.append("teacher.model is missing: a Hugging Face folder, a hub id, or package:IMPORT_NAME/sub/folder")
+    if not recipe.data.path:
+        faults.append("data.path is missing: demo, glue/<task>, or a folder with train.* and dev.*")
+    if recipe.data.task is not None and recipe.data.task not in TASKS:
+        faults.append(f"data.task: unknown task {recipe.data.task!r}; known: {', '.join(TASKS)}")
+    if recipe.data.sentence2 is not None and recipe.data.sentence1 is None:
+        faults.append("data.sentence2 is given without data.sentence1; name both columns")
+    student = recipe.student
+    sizes = (student.layers, student.hidden, student.heads, student.intermediate)
+    if student.name is not None and any(size is not None for size in sizes):
+        faults.append("student: give a name or the sizes layers, hidden, heads, intermediate, not both")
+    if student.name is None and any(size is None for size in sizes):
+        faults.append("student: give a name (4L-312, 6L-768, 4L, 6L) or all of layers, hidden, heads, intermediate")
+    if student.hidden is not None and student.heads is not None and student.hidden % student.heads:
+        faults.append(f"student: hidden {student.hidden} is not a multiple of heads {student.heads}")
+    distill = recipe.distill
+    if distill.alpha == 0 and distill.beta == 0 and distill.mapping != "none":
+        faults.append("distill: alpha 0 and beta 0 leave nothing of the teacher; raise one, or use mapping: none")
+    if distill.emd_temperature != 1 and distill.cost_attention == "ratio" and distill.mapping == "emd":
+        faults.append("distill.emd_temperature only acts with cost_attention: softmax; remove it or switch")
+    graphs = recipe.bench.graphs or ()
+    unknown = [graph for graph in graphs if graph not in GRAPHS]
+    if unknown:
+        faults.append(f"bench.graphs: unknown {', '.join(unknown)}; known: {', '.join(GRAPHS)}")
+    if recipe.quantize.mode == "none" and any("int8" in graph for graph in graphs):
+        faults.append("bench.graphs asks for int8 graphs, but quantize.mode is none; name graphs [fp32, fused]")
+    return faults

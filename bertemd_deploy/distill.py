@@ -1,0 +1,364 @@
+"""Distillation: a teacher, a student, the EMD between their layers, and the one training loop.
+
+The teacher is evaluated first, by label name, and refused if it has nothing to teach. The student folder that comes out is
+a Hugging Face folder (safetensors) with the slices and facts that export needs beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bertemd_deploy.artifact import DataSlice, read_slices, write_slices
+from bertemd_deploy.checkpoints import WEIGHTS, checked_encoder, find_model, label_order
+from bertemd_deploy.config import DistillSettings, StudentSettings
+from bertemd_deploy.console import note, warn
+from bertemd_deploy.data import Dataset, calibration_rows
+from bertemd_deploy.emd import attention_cost, hidden_cost
+from bertemd_deploy.encoding import TextEncoder
+from bertemd_deploy.errors import ModelError
+from bertemd_deploy.evaluate import check_teacher, dev_metrics
+from bertemd_deploy.files import new_file, read_json, sha256_file, write_json
+from bertemd_deploy.losses import embedding_loss, prediction_loss, regression_loss, total_loss
+from bertemd_deploy.mapping import LayerMapping
+from bertemd_deploy.models import (
+    LayerReader,
+    build_student,
+    load_classifier,
+    reorder_outputs,
+    save_model,
+    set_labels,
+    student_shape,
+)
+from bertemd_deploy.training import Schedule, Step, fit, torch_logits
+
+FACTS = "bertemd_student.json"
+SLICES = "eval.npz"
+_CALIBRATION_ROWS = 256
+_MARGINAL_POINTS = 200
+
+
+@dataclass(frozen=True)
+class StudentFacts:
+    """What a student folder carries for export: task, labels, teacher, metrics, history; and the tokenised slices."""
+
+    task: dict[str, Any]
+    labels: list[str]
+    max_length: int
+    teacher: dict[str, Any]
+    metrics: dict[str, dict[str, float]]
+    distillation: dict[str, Any]
+    evaluation: DataSlice
+    calibration: DataSlice
+
+
+class Distiller(nn.Module):
+    """The trained side: the student and, where widths differ or it is asked for, the projection W."""
+
+    def __init__(
+        self, student: nn.Module, *, student_hidden: int, teacher_hidden: int, project: bool, seed: int
+    ) -> None:
+        """Add W (H_student x H_teacher, shared by every layer and the embedding); the identity where widths agree."""
+        super().__init__()
+        self.student = student
+        self.projection: nn.Linear | None = None
+        if project or student_hidden != teacher_hidden:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.projection = nn.Linear(student_hidden, teacher_hidden, bias=False)
+            if student_hidden == teacher_hidden:
+                nn.init.eye_(self.projection.weight)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return W h, or h where there is no W."""
+        projected: Tensor = hidden if self.projection is None else self.projection(hidden)
+        return projected
+
+
+def distill(
+    teacher_folder: Path,
+    *,
+    data: Dataset,
+    max_length: int,
+    student: StudentSettings,
+    settings: DistillSettings,
+    out: Path,
+    checkpoints: Path,
+    log: Path,
+    teacher_name: str,
+    beside: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
+    """Distil the teacher into a student and save it to `out`.
+
+    Args:
+        teacher_folder: fine-tuned Hugging Face classifier.
+        data: train and dev splits.
+        max_length: longest input in tokens.
+        student: the student's shape and start.
+        settings: mapping, loss weights, schedule.
+        out: student folder: Hugging Face files, `bertemd_student.json`, `eval.npz`.
+        checkpoints: resumable state; continued when present.
+        teacher_name: what the teacher is called in the artifact.
+        beside: called with the new student folder before it appears, to write more files into it.
+        log: `distill.jsonl`: losses, flows, marginals, learning rate, tokens/s of every logging step.
+
+    Returns:
+        The record: metrics of teacher and student, layers, steps, best epoch.
+
+    Raises:
+        ModelError: teacher or student do not fit the data or each other, or the teacher is refused.
+        EmdError: a cost is not finite or the flow cannot be solved.
+        TrainingError: the loss is not finite.
+    """
+    encoder = checked_encoder(teacher_folder, max_length=max_length)
+    order = label_order(teacher_folder, data.labels)
+    teacher = load_classifier(teacher_folder, labels=data.labels)
+    reorder_outputs(teacher, order)
+    set_labels(teacher, data.labels)
+    train, dev = data.splits["train"].encode(encoder), data.splits["dev"].encode(encoder)
+    teacher_logits = torch_logits(teacher, dev.examples, pad_id=encoder.pad_id)
+    teacher_metrics = check_teacher(
+        teacher_logits, dev.labels, task=data.task, names=data.labels, where=str(teacher_folder)
+    )
+    note("teacher: dev " + " ".join(f"{name} {value:.4f}" for name, value in teacher_metrics.items()))
+    trained, sizes, start = _make_student(teacher, encoder, student=student, settings=settings)
+    note(
+        f"student: {sizes['student_layers']} of {sizes['teacher_layers']} layers, from {start}; mapping {settings.mapping}"
+    )
+    mapping = LayerMapping(
+        settings.mapping,
+        sizes["teacher_layers"],
+        sizes["student_layers"],
+        mode=settings.cost_attention,
+        temperature=settings.emd_temperature,
+        separate=settings.separate_marginals,
+    )
+    done = fit(
+        trained,
+        schedule=Schedule(
+            settings.epochs,
+            settings.batch_size,
+            settings.learning_rate,
+            settings.warmup_ratio,
+            settings.weight_decay,
+            settings.seed,
+            settings.max_grad_norm,
+            settings.logging_steps,
+            settings.checkpoint_seconds,
+        ),
+        data=train,
+        pad_id=encoder.pad_id,
+        step=_Objective(teacher, trained, mapping, settings, regression=data.task.kind == "regression"),
+        evaluate=lambda: dev_metrics(trained.student, dev, task=data.task, pad_id=encoder.pad_id),
+        metric=data.task.metrics[0],
+        checkpoints=checkpoints,
+        log=log,
+        name="distill",
+        extra_state=mapping,
+    )
+    metrics = {"teacher": teacher_metrics, "student": done.epochs[done.best_epoch - 1]}
+    summary = summarise(log) | sizes | {
+        "mapping": settings.mapping,
+        "epochs": settings.epochs,
+        "best_epoch": done.best_epoch,
+        "steps": done.step,
+        "seed": settings.seed,
+        "train_rows": len(train.labels),
+        "start": start,
+    }  # fmt: skip
+    calibration = calibration_rows(data.splits["train"], rows=_CALIBRATION_ROWS).encode(encoder)
+    facts = {
+        "schema_version": 1,
+        "task": {"name": data.task.name, "kind": data.task.kind, "metrics": list(data.task.metrics)},
+        "labels": list(data.labels),
+        "max_length": max_length,
+        "teacher": {
+            "name": teacher_name,
+            "layers": sizes["teacher_layers"],
+            "sha256": sha256_file(teacher_folder / WEIGHTS),
+        },
+        "metrics": metrics,
+        "distillation": summary,
+    }
+
+    def write_beside(folder: Path) -> None:
+        with new_file(folder / SLICES) as partial:
+            write_slices(partial, {"evaluation": dev, "calibration": calibration})
+        write_json(folder / FACTS, facts)
+        if beside is not None:
+            beside(folder)
+
+    save_model(trained.student, out, tokenizer_from=teacher_folder, beside=write_beside)
+    return {"metrics": metrics} | {key: value for key, value in summary.items() if not isinstance(value, dict | list)}
+
+
+def _make_student(
+    teacher: nn.Module, encoder: TextEncoder, *, student: StudentSettings, settings: DistillSettings
+) -> tuple[Distiller, dict[str, int], str]:
+    """Return the module to train, the two layer counts, and where the student's weights come from."""
+    source: Any = teacher.config
+    shape = student_shape(student, source.to_dict())
+    start = shape.start if student.init == "auto" else student.init
+    if start not in ("teacher", "random"):
+        _check_same_tokens(find_model(start), encoder)
+    model, told = build_student(teacher, shape=shape, init=student.init, seed=settings.seed)
+    trained = Distiller(
+        model,
+        student_hidden=int(shape.hidden or 0),
+        teacher_hidden=int(source.hidden_size),
+        project=settings.hidden_projection and settings.mapping != "none",
+        seed=settings.seed,
+    )
+    if shape.heads != source.num_attention_heads and settings.mapping != "none":
+        warn(
+            f"heads differ (teacher {source.num_attention_heads}, student {shape.heads}): "
+            "the mean of the attention scores over heads is compared"
+        )
+    return trained, {"teacher_layers": int(source.num_hidden_layers), "student_layers": shape.layers}, told
+
+
+class _Objective:
+    """One training step: both forward passes, the costs, the flows, the total loss."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        trained: Distiller,
+        mapping: LayerMapping,
+        settings: DistillSettings,
+        *,
+        regression: bool,
+    ) -> None:
+        self.trained, self.mapping, self.settings, self.regression = trained, mapping, settings, regression
+        self.layers = settings.mapping != "none"
+        self.teacher = teacher
+        self.read_teacher = LayerReader(teacher) if self.layers else None
+        self.read_student = LayerReader(trained.student) if self.layers else None
+
+    def __call__(self, inputs: dict[str, Tensor], labels: Tensor) -> Step:
+        parts: dict[str, Tensor] = {}
+        if self.read_teacher is None or self.read_student is None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(**inputs).logits
+            student_logits = self.trained.student(**inputs).logits
+        else:
+            mask = inputs["attention_mask"].bool()
+            with torch.no_grad():
+                teacher = self.read_teacher(inputs)
+            student = self.read_student(inputs)
+            parts["attention"], parts["hidden"] = self.mapping.losses(
+                attention_cost(teacher.queries, teacher.keys, student.queries, student.keys, mask=mask),
+                hidden_cost(teacher.hidden_states, self.trained.project(student.hidden_states), mask=mask),
+            )
+            parts["embedding"] = embedding_loss(teacher.embedding, self.trained.project(student.embedding), mask=mask)
+            teacher_logits, student_logits = teacher.logits, student.logits
+        prediction = self._prediction(teacher_logits, student_logits, labels)
+        loss = total_loss(
+            attention=parts.get("attention", 0.0),
+            hidden=parts.get("hidden", 0.0),
+            embedding=parts.get("embedding", 0.0),
+            prediction=prediction,
+            beta=self.settings.beta,
+            theta=self.settings.theta,
+        )
+        losses = {name: part.item() for name, part in (parts | {"prediction": prediction}).items()}
+        layers = self.mapping.log if self.layers else dict
+        return Step(loss, lambda: {"losses": losses} | layers())
+
+    def _prediction(self, teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+        if self.regression:
+            return regression_loss(teacher, student, labels, alpha=self.settings.alpha)
+        return prediction_loss(
+            teacher,
+            student,
+            labels,
+            alpha=self.settings.alpha,
+            temperature=self.settings.temperature,
+            reduction=self.settings.reduction,
+        )
+
+
+def summarise(log: Path) -> dict[str, Any]:
+    """Return what a report shows of `distill.jsonl`: first and last flows, and thinned marginals and losses."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "losses" in line]
+    thinned = steps[:: max(1, len(steps) // _MARGINAL_POINTS)]
+    flows = ("step", "attention_flow", "hidden_flow")
+    weights = ("step", "attention_teacher", "attention_student", "hidden_teacher", "hidden_student")
+    summary: dict[str, Any] = {
+        "losses": [{"step": line["step"], "total": line["loss"]} | line["losses"] for line in thinned],
+        "dev": [{"epoch": line["epoch"]} | line["dev"] for line in lines if "dev" in line],
+        "first": None,
+        "last": None,
+        "marginals": [],
+    }
+    if steps and "attention_flow" in steps[0]:
+        summary["first"] = {key: steps[0][key] for key in flows}
+        summary["last"] = {key: steps[-1][key] for key in flows}
+        summary["marginals"] = [{key: line[key] for key in weights} for line in thinned]
+    return summary
+
+
+def read_student(folder: Path) -> StudentFacts:
+    """Return what a student folder carries for export.
+
+    Raises:
+        ArtifactError: the facts or slices are missing or damaged.
+    """
+    facts = read_json(folder / FACTS, what="student's facts")
+    slices = read_slices(folder / SLICES)
+    names = ("task", "labels", "max_length", "teacher", "metrics", "distillation")
+    missing = [name for name in names if name not in facts] + [
+        name for name in ("evaluation", "calibration") if name not in slices
+    ]
+    if missing:
+        raise ModelError(f"{folder / FACTS}: lacks {', '.join(missing)}. Distil the student again.")
+    return StudentFacts(
+        **{name: facts[name] for name in names}, evaluation=slices["evaluation"], calibration=slices["calibration"]
+    )
+
+
+def _check_same_tokens(folder: Path, encoder: TextEncoder) -> None:
+    """Refuse a student checkpoint whose tokenizer gives other ids than the teacher's."""
+    mine = TextEncoder.load(folder, max_length=encoder.max_length).vocabulary()
+    theirs = encoder.vocabulary()
+    if mine != theirs:
+        different = sum(mine.get(token) != at for token, at in theirs.items())
+        raise ModelError(
+            f"{folder}: its tokenizer is another than the teacher's ({different:,} of {len(theirs):,} tokens have another id "
+            "or are absent), so hidden states do not compare. Start from teacher layers, or from a checkpoint that shares "
+            "the teacher's vocabulary."
+        )
+
+
+def facts_from_data(folder: Path, data: Dataset, *, max_length: int) -> StudentFacts:
+    """Return what export needs for a classifier that was not distilled here, from a data set.
+
+    Raises:
+        ModelError: the folder's labels, in the data's order, are not those of the data.
+    """
+    encoder = checked_encoder(folder, max_length=max_length)
+    order = label_order(folder, data.labels)
+    if order != list(range(len(order))):
+        names = ", ".join(data.labels[at] for at in np.argsort(order))
+        raise ModelError(
+            f"{folder}: its labels stand in another order ({names}) than the data's ({', '.join(data.labels)})."
+        )
+    calibration = calibration_rows(data.splits["train"], rows=_CALIBRATION_ROWS).encode(encoder)
+    return StudentFacts(
+        task={"name": data.task.name, "kind": data.task.kind, "metrics": list(data.task.metrics)},
+        labels=list(data.labels),
+        max_length=max_length,
+        teacher={},
+        metrics={},
+        distillation={},
+        evaluation=data.splits["dev"].encode(encoder),
+        calibration=calibration,
+    )

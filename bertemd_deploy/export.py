@@ -1,0 +1,347 @@
+"""The export stage: a student folder in, the artifact folder out, every graph checked before it is handed out.
+
+Order: portable fp32 graph -> fused fp32 graph -> parity gate -> int8 of both -> accuracy gate -> manifest. All of it happens
+in a temporary folder that is renamed at the end, so a miss leaves an artifact that was there before as it was. Which
+nodes a graph has is decided in `bert_graph`, `fuse` and `quantize`; what passes, in `gate`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from torch import nn
+
+from bertemd_deploy.artifact import EVALUATION, GRAPHS, MANIFEST, SCHEMA_VERSION, Artifact, DataSlice, write_slices
+from bertemd_deploy.bench.environment import versions
+from bertemd_deploy.bert_graph import check_shapes, export_fp32, fusable_graph, load_model, portable_graph, torch_logits
+from bertemd_deploy.config import ExportSettings, QuantizeSettings
+from bertemd_deploy.console import note, progress
+from bertemd_deploy.encoding import TextEncoder, length_batches
+from bertemd_deploy.errors import ExportError
+from bertemd_deploy.files import claim_folder, new_folder, sha256_file, write_json, write_text
+from bertemd_deploy.fuse import fuse
+from bertemd_deploy.gate import (
+    PARITY_TOLERANCE,
+    Int8Search,
+    Reference,
+    Trial,
+    check_parity,
+    discard_rejected,
+    measure_parity,
+    parity_reference,
+    score,
+)
+from bertemd_deploy.handout import model_card, write_tokenizer
+from bertemd_deploy.metrics import evaluate_metrics
+from bertemd_deploy.onnx_edit import histogram, save, set_metadata
+from bertemd_deploy.quantize import ACTIVATION_TYPE, REDUCE_RANGE, WEIGHT_TYPE, operators
+
+__all__ = ["export", "export_fp32"]
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
+# x86 without these adds two products in 16 bits and saturates where weights and activations are both extreme.
+EXACT_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "neon")
+
+
+@dataclass
+class _Build:
+    """What one export has found out so far; the manifest is made of it."""
+
+    folder: Path
+    out: Path
+    metadata: dict[str, Any]
+    opset: int
+    shapes: list[list[int]] = field(default_factory=list)
+    graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    chosen: dict[str, Trial] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+
+    def path(self, graph: str) -> Path:
+        return self.folder / GRAPHS[graph]
+
+
+def export(
+    student: Path,
+    *,
+    out: Path,
+    task: Mapping[str, Any],
+    labels: Sequence[str],
+    max_length: int,
+    evaluation: DataSlice,
+    calibration: DataSlice,
+    teacher: Mapping[str, Any] | None,
+    reference_metrics: Mapping[str, Mapping[str, float]],
+    distillation: Mapping[str, Any] | None,
+    settings: ExportSettings,
+    quantization: QuantizeSettings,
+    force: bool = False,
+) -> Artifact:
+    """Write the artifact of a student and return it.
+
+    Args:
+        student: Hugging Face folder of a `BertForSequenceClassification` with its tokenizer.
+        out: artifact folder; one that is there is replaced, whole, once the new one is complete.
+        task: name, kind ("classification" or "regression") and metrics, the gating one first.
+        labels: class names by number; empty for regression.
+        max_length: longest input in tokens.
+        evaluation: dev examples with gold labels, which every gate judges on.
+        calibration: train examples.
+        teacher: name, layers and sha256, for the manifest.
+        reference_metrics: metrics measured elsewhere, such as the teacher's, by model.
+        distillation: how the student was made, for the manifest.
+        settings: exporter and operator set.
+        quantization: int8 mode and the points it may lose.
+        force: write into `out` though it holds something else; files there that export does not write stay.
+
+    Raises:
+        ModelError: the student folder is incomplete or does not fit `labels`.
+        ExportError: a graph could not be exported, fused or quantized.
+        GateError: parity or accuracy missed; the graph is kept in `out` as `onnx/*.rejected.onnx`, all else as it was.
+        ArtifactError: `out` holds something else, or cannot be written.
+    """
+    discard_rejected(out)
+    claim_folder(out, marker=MANIFEST, force=force)
+    model = load_model(student)
+    config: Any = model.config
+    _check_request(config, student=student, labels=labels, max_length=max_length, slices=(evaluation, calibration))
+    pad_id = TextEncoder.load(student, max_length=max_length).pad_id
+    foreign = any(out.iterdir()) and not (out / MANIFEST).exists()
+    with new_folder(out / ".bertemd-new" if foreign else out) as folder:
+        (folder / "onnx").mkdir()
+        id2label = dict(enumerate(labels)) or {0: "LABEL_0"}
+        metadata = {"id2label": id2label, "task": task["name"], "max_length": max_length}
+        build = _Build(folder, out, metadata, settings.opset)
+        write_tokenizer(student, folder, max_length=max_length)
+        write_json(folder / "config.json", _model_config(student, id2label))
+        write_slices(folder / EVALUATION, {"evaluation": evaluation, "calibration": calibration})
+        _write_fp32(build, model, settings=settings)
+        reference = parity_reference(
+            evaluation.examples,
+            pad_id=pad_id,
+            classification=task["kind"] == "classification",
+            logits=lambda batch: torch_logits(model, batch),
+        )
+        _judge_fp32(build, reference)
+        logits = _student_logits(model, evaluation, pad_id=pad_id)
+        names = list(task["metrics"])
+        build.metrics["student"] = evaluate_metrics(names, logits=logits, labels=evaluation.labels)
+        for graph in ("fp32", "fused"):
+            _score(build, graph, names, part=evaluation, pad_id=pad_id)
+        if quantization.mode == "dynamic":
+            slices = (evaluation, calibration)
+            _write_int8(build, reference, metrics=names, slices=slices, pad_id=pad_id, limits=quantization)
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "task": dict(task),
+            "labels": list(labels),
+            "max_length": max_length,
+            "student": {
+                "layers": config.num_hidden_layers,
+                "hidden": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "intermediate": config.intermediate_size,
+                "parameters": sum(weight.numel() for weight in model.parameters()),
+            },
+            "teacher": dict(teacher) if teacher is not None else None,
+            "distillation": dict(distillation) if distillation is not None else None,
+            "export": {**asdict(settings), "shapes": build.shapes},
+            "parity": {"max_abs_logit_difference_allowed": PARITY_TOLERANCE, "graphs": build.parity},
+            "metrics": {name: dict(values) for name, values in reference_metrics.items()} | build.metrics,
+            "quantization": _quantization(build, quantization),
+            "requires": {"isa": [], "int8_exact_with_any_of": list(EXACT_INT8)},
+            "versions": versions(PACKAGES),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": _commit(),
+        }
+        write_text(folder / "README.md", model_card(manifest, graphs={name: build.path(name) for name in build.graphs}))
+        manifest["files"] = _files(build)
+        write_json(folder / MANIFEST, manifest)
+    if foreign:
+        _move_into(out / ".bertemd-new", out)
+    return Artifact.load(out)
+
+
+def _check_request(
+    config: Any, *, student: Path, labels: Sequence[str], max_length: int, slices: Sequence[DataSlice]
+) -> None:
+    outputs, wanted = int(config.num_labels), len(labels) or 1
+    stored = [str(config.id2label[key]) for key in sorted(config.id2label, key=int)]
+    unnamed = all(name.startswith("LABEL_") for name in stored)
+    if outputs != wanted or (labels and not unnamed and stored != list(labels)):
+        raise ExportError(
+            f"{student / 'config.json'}: the student's outputs are {', '.join(stored)}; the data's labels are "
+            f"{', '.join(labels) or 'one number (regression)'}. Export with the data it was trained on."
+        )
+    longest = int(config.max_position_embeddings)
+    if not 1 <= max_length <= longest:
+        raise ExportError(f"{student}: max_length {max_length}; the student has positions for 1 to {longest} tokens.")
+    for part, name in zip(slices, ("evaluation", "calibration"), strict=True):
+        if not len(part.examples):
+            raise ExportError(
+                f"{student}: the {name} slice is empty; the gates have nothing to judge on. Give more data."
+            )
+        if int(part.examples.lengths.max()) > max_length:
+            raise ExportError(
+                f"{student}: the {name} slice has an example of {int(part.examples.lengths.max())} tokens, "
+                f"max_length is {max_length}. Tokenise the data with this max_length."
+            )
+
+
+def _write_fp32(build: _Build, model: nn.Module, *, settings: ExportSettings) -> None:
+    config: Any = model.config
+    with progress("export", 2) as bar:
+        build.graphs["fp32"] = portable_graph(model, exporter=settings.exporter, opset=settings.opset)
+        bar.advance(detail="portable")
+        fusable = fusable_graph(model, exporter=settings.exporter, opset=settings.opset)
+        build.graphs["fused"], build.fused = fuse(
+            fusable,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            hidden=config.hidden_size,
+            opset=settings.opset,
+        )
+        bar.advance(detail="fused")
+    for graph in ("fp32", "fused"):
+        set_metadata(build.graphs[graph], build.metadata)
+        save(build.graphs[graph], build.path(graph))
+        build.shapes = check_shapes(build.path(graph), model=model, name=build.path(graph).name)
+
+
+def _judge_fp32(build: _Build, reference: Reference) -> None:
+    for graph in ("fp32", "fused"):
+        parity = measure_parity(build.path(graph), reference)
+        check_parity(parity, build.path(graph), out=build.out)
+        build.parity[graph] = parity.record()
+
+
+def _score(build: _Build, graph: str, metrics: Sequence[str], *, part: DataSlice, pad_id: int) -> None:
+    found = score(build.path(graph), metrics, part=part, pad_id=pad_id)
+    if found is None:
+        raise ExportError(
+            f"{GRAPHS[graph]}: an output on the evaluation slice is not finite, though all of the torch student's are. "
+            "Set export.exporter to the other exporter, or update onnxruntime."
+        )
+    build.metrics[graph] = found
+
+
+def _student_logits(model: nn.Module, part: DataSlice, *, pad_id: int) -> NDArray[np.float32]:
+    config: Any = model.config
+    logits = np.empty((len(part.examples), config.num_labels), dtype=np.float32)
+    with progress("student", len(part.examples)) as bar:
+        for rows in length_batches(part.examples.lengths, batch_size=32):
+            logits[rows] = torch_logits(model, part.examples.batch(rows, pad_id=pad_id))
+            bar.advance(len(rows))
+    if not np.isfinite(logits).all():
+        raise ExportError(
+            "the torch student gives outputs that are not finite; train it again at a lower learning rate."
+        )
+    return logits
+
+
+def _write_int8(
+    build: _Build,
+    reference: Reference,
+    *,
+    metrics: Sequence[str],
+    slices: tuple[DataSlice, DataSlice],
+    pad_id: int,
+    limits: QuantizeSettings,
+) -> None:
+    evaluation, calibration = slices
+    for graph, source in (("int8", "fp32"), ("fused-int8", "fused")):
+        note(f"{GRAPHS[graph]}: quantizing, {metrics[0]} may lose {limits.max_drop:g} points")
+        search = Int8Search(
+            build.graphs[source],
+            fused=source == "fused",
+            metrics=metrics,
+            reference=build.metrics["student"][metrics[0]],
+            max_drop=limits.max_drop,
+            evaluation=evaluation,
+            calibration=calibration,
+            pad_id=pad_id,
+        )
+        path = build.path(graph)
+        build.chosen[graph] = search.run(path, out=build.out)
+        build.trials += search.trials
+        build.graphs[graph] = onnx.load_model(path)
+        build.parity[graph] = measure_parity(path, reference).record()
+        _score(build, graph, metrics, part=evaluation, pad_id=pad_id)
+
+
+def _quantization(build: _Build, settings: QuantizeSettings) -> dict[str, Any]:
+    graphs = {
+        graph: {
+            "per_channel": trial.per_channel,
+            "operators": len(operators(build.graphs["fused" if graph == "fused-int8" else "fp32"]))
+            - len(trial.excluded),
+            "excluded": trial.excluded,
+        }
+        for graph, trial in build.chosen.items()
+    }
+    return {
+        **asdict(settings),
+        "activation_type": ACTIVATION_TYPE,
+        "weight_type": WEIGHT_TYPE,
+        "reduce_range": REDUCE_RANGE,
+        "graphs": graphs,
+        "trials": [asdict(trial) for trial in build.trials],
+    }
+
+
+def _files(build: _Build) -> dict[str, Any]:
+    names = {GRAPHS[name]: name for name in build.graphs}
+    entries: dict[str, Any] = {}
+    for path in sorted(path for path in build.folder.rglob("*") if path.is_file()):
+        name = path.relative_to(build.folder).as_posix()
+        entries[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        if name in names:
+            graph = build.graphs[names[name]]
+            entries[name] |= {
+                "opset": build.opset,
+                "ir_version": graph.ir_version,
+                "operators": histogram(graph),
+                "fused": build.fused if names[name].startswith("fused") else None,
+            }
+    return entries
+
+
+def _model_config(student: Path, id2label: Mapping[int, str]) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    names = {str(number): name for number, name in id2label.items()}
+    return config | {"id2label": names, "label2id": {name: number for number, name in id2label.items()}}
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout this package runs from, or None where it is installed."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _move_into(source: Path, out: Path) -> None:
+    """Move every file of a finished artifact into a folder that holds other things, the manifest last."""
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    for name in sorted(files, key=lambda path: path == Path(MANIFEST)):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).replace(out / name)
+    shutil.rmtree(source)

@@ -1,0 +1,138 @@
+"""Which teacher layers a student layer learns from: one switch, one state, every mapping on the same footing.
+
+A mapping turns the two cost matrices of a step into flows of mass 1, so that equal `beta` is equal total weight for all:
+    none       no layer loss, the prediction loss only
+    uniform    student layer j from teacher layer floor(j M / N)                    (TinyBERT)
+    skip       the same without the last layer, which the prediction loss serves    (PKD-skip)
+    last       student layers 1..N-1 from the teacher layers just below its last    (PKD-last)
+    emd-fixed  the optimal flow under uniform marginals
+    emd        the optimal flow under marginals that follow cost attention
+Marginals are state of the training run: saved in every checkpoint, logged, never global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertemd_deploy.config import Mapping
+from bertemd_deploy.emd import CostAttention, cost_attention, emd_loss, solve_flow, uniform_weights
+from bertemd_deploy.errors import RecipeError
+
+SIDES = ("attention", "hidden")
+
+
+@dataclass
+class LayerMapping:
+    """The flows' source and state for M teacher and N student layers.
+
+    Attributes:
+        kind: name of the mapping.
+        teacher_layers: M.
+        student_layers: N.
+        mode: form of cost attention (`emd` only).
+        temperature: T_emd.
+        separate: keep attention and hidden marginals apart.
+        marginals: "attention" and "hidden" to (teacher (M,), student (N,)) weights of the next step, float64.
+        flows: flows of the last step, (M, N) float64.
+    """
+
+    kind: Mapping
+    teacher_layers: int
+    student_layers: int
+    mode: CostAttention = "ratio"
+    temperature: float = 1.0
+    separate: bool = False
+    marginals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    flows: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Start from uniform marginals.
+
+        Raises:
+            RecipeError: the mapping leaves a one-layer student nothing to learn.
+        """
+        if self.kind in ("skip", "last") and self.student_layers < 2:
+            raise RecipeError(f"distill.mapping: {self.kind} needs a student of at least 2 layers.")
+        start = (uniform_weights(self.teacher_layers), uniform_weights(self.student_layers))
+        self.marginals = dict.fromkeys(SIDES, start)
+
+    def losses(self, attention: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (attention, hidden) losses <F, C> of one step and move the marginals on.
+
+        Args:
+            attention: (M, N) attention costs with gradient.
+            hidden: (M, N) hidden-state costs with gradient.
+
+        Raises:
+            EmdError: a cost is not finite or the flow cannot be solved.
+        """
+        # One copy to the host for both matrices.
+        on_host = torch.stack([attention.detach(), hidden.detach()]).to("cpu", torch.float64)
+        costs = dict(zip(SIDES, on_host, strict=True))
+        used = self.marginals
+        if self.kind in ("emd", "emd-fixed"):
+            self.flows = {
+                side: solve_flow(costs[side], teacher_weights=used[side][0], student_weights=used[side][1])
+                for side in SIDES
+            }
+        else:
+            self.flows = dict.fromkeys(SIDES, fixed_flow(self.kind, self.teacher_layers, self.student_layers))
+        if self.kind == "emd":
+            self.marginals = self._next_marginals(costs)
+        return emd_loss(attention, self.flows["attention"]), emd_loss(hidden, self.flows["hidden"])
+
+    def _next_marginals(self, costs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        fresh = {
+            side: cost_attention(
+                costs[side],
+                self.flows[side],
+                teacher_weights=self.marginals[side][0],
+                student_weights=self.marginals[side][1],
+                mode=self.mode,
+                temperature=self.temperature,
+            )
+            for side in SIDES
+        }
+        if self.separate:
+            return fresh
+        shared = tuple((left + right) / 2 for left, right in zip(*fresh.values(), strict=True))
+        return dict.fromkeys(SIDES, (shared[0], shared[1]))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the marginals as named tensors for a checkpoint."""
+        return {
+            f"{side}_{name}": weights
+            for side, pair in self.marginals.items()
+            for name, weights in zip(("teacher", "student"), pair, strict=True)
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take the marginals back from a checkpoint."""
+        self.marginals = {side: (state[f"{side}_teacher"], state[f"{side}_student"]) for side in SIDES}
+
+    def log(self) -> dict[str, Any]:
+        """Return the last step's flows and the marginals that follow from them, as plain lists."""
+        flows = {f"{side}_flow": flow.tolist() for side, flow in self.flows.items()}
+        return flows | {name: weights.tolist() for name, weights in self.state().items()}
+
+
+def even_layers(teacher_layers: int, student_layers: int) -> list[int]:
+    """Return the evenly spaced teacher layers, 0-based: student layer j (from 1) goes with teacher layer floor(j M / N)."""
+    return [(j * teacher_layers) // student_layers - 1 for j in range(1, student_layers + 1)]
+
+
+def fixed_flow(kind: Mapping, teacher_layers: int, student_layers: int) -> Tensor:
+    """Return the (M, N) flow of mass 1 of a one-to-one mapping: `uniform`, `skip` or `last`."""
+    pairs = list(zip(even_layers(teacher_layers, student_layers), range(student_layers), strict=True))
+    if kind == "skip":
+        pairs = pairs[:-1]
+    elif kind == "last":
+        pairs = [(teacher_layers - student_layers + at, at) for at in range(student_layers - 1)]
+    flow = torch.zeros(teacher_layers, student_layers, dtype=torch.float64)
+    for teacher, student in pairs:
+        flow[teacher, student] = 1.0 / len(pairs)
+    return flow

@@ -1,0 +1,368 @@
+"""The stages, each by itself and in a row: finetune -> distill -> export (with quantization) -> bench -> report.
+
+A run folder remembers in `state.json` what every stage was given (as hashes) and whether it finished. A finished stage with
+the same inputs is skipped, a changed one is done again, a killed one continues from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bertemd_deploy import __version__
+from bertemd_deploy.checkpoints import WEIGHTS, find_model, has_head
+from bertemd_deploy.config import DataSettings, DistillSettings, Recipe
+from bertemd_deploy.console import note
+from bertemd_deploy.data import Dataset, load_data
+from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError
+from bertemd_deploy.files import claim_folder, read_json, sha256_file, sha256_json, write_json, write_text
+
+STATE = "state.json"
+STAGE = "stage.json"
+STAGES = ("finetune", "distill", "export", "bench", "report")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a training stage works: its output folder, its resumable state and its log."""
+
+    out: Path
+    checkpoints: Path
+    log: Path
+
+
+def load_recipe_data(settings: DataSettings) -> tuple[Dataset, int]:
+    """Return a recipe's data set and its longest input in tokens."""
+    data = load_data(
+        settings.path,
+        task=settings.task,
+        sentence1=settings.sentence1,
+        sentence2=settings.sentence2,
+        label=settings.label,
+        train_limit=settings.train_limit,
+    )
+    return data, settings.max_length or data.task.max_length
+
+
+def finetune_stage(recipe: Recipe, data: Dataset, max_length: int, work: Work, **extra: Any) -> dict[str, Any]:
+    """Fine-tune the recipe's teacher into `work.out`."""
+    from bertemd_deploy.finetune import finetune
+
+    folder = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
+    return finetune(
+        folder,
+        data=data,
+        max_length=max_length,
+        settings=recipe.teacher,
+        out=work.out,
+        checkpoints=work.checkpoints,
+        log=work.log,
+        **extra,
+    )
+
+
+def distill_stage(
+    recipe: Recipe, teacher: Path, data: Dataset, max_length: int, work: Work, **extra: Any
+) -> dict[str, Any]:
+    """Distil `teacher` into a student at `work.out`."""
+    from bertemd_deploy.distill import distill
+
+    return distill(
+        teacher,
+        data=data,
+        max_length=max_length,
+        student=recipe.student,
+        settings=recipe.distill,
+        out=work.out,
+        checkpoints=work.checkpoints,
+        log=work.log,
+        teacher_name=recipe.teacher.model.rstrip("/").rsplit("/", 1)[-1],
+        **extra,
+    )
+
+
+def export_stage(recipe: Recipe, student: Path, out: Path, *, data: str | None = None, force: bool = False) -> Path:
+    """Export and quantize `student` into the artifact folder `out`.
+
+    Args:
+        recipe: its sections export and quantize (and data, where `data` is given).
+        student: student folder.
+        out: artifact folder.
+        data: data set for parity and the gate; None takes the slices the student folder carries.
+        force: write into a folder that holds something else.
+
+    Raises:
+        ModelError: the folder carries no slices and no data is given.
+        GateError: parity or accuracy was missed.
+    """
+    from bertemd_deploy.distill import FACTS, facts_from_data, read_student
+    from bertemd_deploy.export import export
+
+    if data is not None:
+        loaded, max_length = load_recipe_data(recipe.data)
+        facts = facts_from_data(student, loaded, max_length=max_length)
+    elif (student / FACTS).is_file():
+        facts = read_student(student)
+    else:
+        find_model(str(student))
+        raise ModelError(
+            f"{student}: carries no {FACTS}, so there are no dev examples to check the graphs on. Add --data (and --task)."
+        )
+    artifact = export(
+        student,
+        out=out,
+        task=facts.task,
+        labels=facts.labels,
+        max_length=facts.max_length,
+        evaluation=facts.evaluation,
+        calibration=facts.calibration,
+        teacher=facts.teacher or None,
+        reference_metrics=facts.metrics,
+        distillation=facts.distillation or None,
+        settings=recipe.export,
+        quantization=recipe.quantize,
+        force=force,
+    )
+    return artifact.folder
+
+
+def needs_finetuning(recipe: Recipe, folder: Path) -> bool:
+    """Say whether the recipe's teacher is to be fine-tuned first."""
+    mode = recipe.teacher.finetune
+    return mode == "always" or (mode == "auto" and not has_head(folder))
+
+
+def stand_alone(
+    name: str, out: Path, *, inputs: dict[str, Any], force: bool, train: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """Run one training stage in a folder of its own: continue it, skip it when done, refuse a different one.
+
+    Args:
+        name: of the stage and its log.
+        out: the model folder to be; holds checkpoints and log while it trains.
+        inputs: everything the result depends on.
+        force: start over whatever is there.
+        train: called with (work, beside=...), returns the record.
+
+    Raises:
+        ArtifactError: `out` holds something else, or the same stage with other inputs.
+    """
+    digest = sha256_json(inputs)
+    marker = out / STAGE
+    if force:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        marker.unlink(missing_ok=True)
+    claim_folder(out, marker=STAGE, force=force)
+    if marker.exists():
+        state = read_json(marker, what="stage record")
+        if state.get("inputs") != digest:
+            raise ArtifactError(
+                f"{out}: holds a {state.get('stage')} of other inputs ({_changed(state.get('given'), inputs)}). "
+                "Choose another --out, or add --force to start over."
+            )
+        if state.get("status") == "done":
+            note(f"{name}: {out} is finished and its inputs are the same; nothing to do")
+            return dict(state["record"])
+    header = {"stage": name, "inputs": digest, "given": inputs, "version": __version__}
+    write_json(marker, header | {"status": "running"})
+    work = Work(out, out / "checkpoints", out / f"{name}.jsonl")
+    if not work.checkpoints.exists():
+        work.log.unlink(missing_ok=True)
+
+    def beside(folder: Path) -> None:
+        shutil.copyfile(work.log, folder / work.log.name)
+
+    record = train(work, beside=beside)
+    write_json(marker, header | {"status": "done", "record": record})
+    return record
+
+
+def run(
+    recipe: Recipe, *, out: Path, from_stage: str | None = None, force: bool = False, stop_after: str | None = None
+) -> dict[str, Any]:
+    """Run the whole pipeline of a recipe in the run folder `out`; finished stages with unchanged inputs are skipped.
+
+    Args:
+        recipe: resolved recipe.
+        out: run folder.
+        from_stage: do this stage and the later ones again.
+        force: use a folder that holds something else.
+        stop_after: last stage to run.
+
+    Returns:
+        The record: every stage's record, and the paths of artifact and report.
+
+    Raises:
+        BertemdError: as the stages do; what is finished stays finished.
+    """
+    return _Run(recipe, out, from_stage=from_stage, force=force).all(stop_after=stop_after)
+
+
+class _Run:
+    """One run folder and its state file."""
+
+    def __init__(self, recipe: Recipe, out: Path, *, from_stage: str | None, force: bool) -> None:
+        claim_folder(out, marker=STATE, force=force)
+        self.recipe, self.out = recipe, out
+        self.state: dict[str, Any] = {"schema_version": 1, "version": __version__, "stages": {}}
+        if (out / STATE).exists():
+            self.state = read_json(out / STATE, what="run state")
+        if from_stage is not None:
+            self._forget(from_stage)
+        write_text(out / "recipe.yaml", recipe.to_yaml())
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.out / STATE, self.state)
+
+    def _forget(self, stage: str) -> None:
+        if stage not in STAGES:
+            raise RecipeError(f"--from: unknown stage {stage!r}; known: {', '.join(STAGES)}.")
+        at = STAGES.index(stage)
+        unfinished = [
+            name for name in STAGES[:at] if self.state["stages"].get(name, {}).get("status") not in ("done", "skipped")
+        ]
+        if unfinished:
+            raise RecipeError(
+                f"--from {stage}: {', '.join(unfinished)} did not finish in {self.out}; leave out --from."
+            )
+        for name in STAGES[at:]:
+            self.state["stages"].pop(name, None)
+            shutil.rmtree(self.out / "checkpoints" / name, ignore_errors=True)
+
+    def _stage(
+        self, name: str, inputs: dict[str, Any], product: Path, work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Do one stage unless it is done with the same inputs and its product is there."""
+        digest = sha256_json(inputs)
+        known = self.state["stages"].get(name, {})
+        if known.get("inputs") == digest and known.get("status") == "done" and product.exists():
+            note(f"{name}: unchanged, skipped")
+            return dict(known["record"])
+        if known.get("inputs") != digest or known.get("status") == "done":
+            shutil.rmtree(self.out / "checkpoints" / name, ignore_errors=True)
+            (self.out / f"{name}.jsonl").unlink(missing_ok=True)
+        entry: dict[str, Any] = {"inputs": digest, "status": "running"}
+        self.state["stages"][name] = entry
+        self._save()
+        started = time.monotonic()
+        note(f"{name}: started")
+        try:
+            record = work()
+        except BertemdError as error:
+            self.state["stages"][name] = entry | {"status": "failed", "error": str(error)}
+            self._save()
+            raise
+        seconds = round(time.monotonic() - started, 1)
+        self.state["stages"][name] = entry | {"status": "done", "seconds": seconds, "record": record}
+        self._save()
+        shutil.rmtree(self.out / "checkpoints" / name, ignore_errors=True)
+        note(f"{name}: done in {seconds:.0f} s")
+        return record
+
+    def all(self, *, stop_after: str | None) -> dict[str, Any]:
+        recipe, out = self.recipe, self.out
+        data, max_length = load_recipe_data(recipe.data)
+        source = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
+        shared = {"data": data.sha256, "max_length": max_length}
+        records: dict[str, Any] = {}
+        teacher = source
+        if needs_finetuning(recipe, source):
+            teacher = out / "teacher"
+            inputs = shared | {"weights": sha256_file(source / WEIGHTS), "teacher": asdict(recipe.teacher)}
+            work = Work(teacher, out / "checkpoints" / "finetune", out / "finetune.jsonl")
+            records["finetune"] = self._stage(
+                "finetune", inputs, teacher / WEIGHTS, lambda: finetune_stage(recipe, data, max_length, work)
+            )
+        else:
+            self.state["stages"]["finetune"] = {"status": "skipped", "reason": "the teacher has its head"}
+        if stop_after == "finetune":
+            return records
+        student = out / "student"
+        inputs = distill_inputs(recipe, teacher, shared)
+        student_work = Work(student, out / "checkpoints" / "distill", out / "distill.jsonl")
+        records["distill"] = self._stage(
+            "distill", inputs, student / WEIGHTS, lambda: distill_stage(recipe, teacher, data, max_length, student_work)
+        )
+        if stop_after == "distill":
+            return records
+        records |= self._after_training(teacher, student)
+        return records
+
+    def _after_training(self, teacher: Path, student: Path) -> dict[str, Any]:
+        from bertemd_deploy.artifact import MANIFEST, Artifact
+        from bertemd_deploy.bench.compare import bench
+        from bertemd_deploy.report import report
+
+        recipe, out = self.recipe, self.out
+        artifact = out / "artifact"
+        inputs: dict[str, Any] = {
+            "weights": sha256_file(student / WEIGHTS),
+            "facts": sha256_file(student / "bertemd_student.json"),
+            "export": asdict(recipe.export),
+            "quantize": asdict(recipe.quantize),
+        }
+
+        def make_artifact() -> dict[str, Any]:
+            export_stage(recipe, student, artifact, force=True)
+            return export_record(Artifact.load(artifact))
+
+        records = {"export": self._stage("export", inputs, artifact / MANIFEST, make_artifact)}
+        place = out / "report"
+        inputs = {
+            "manifest": sha256_file(artifact / MANIFEST),
+            "teacher": sha256_file(teacher / WEIGHTS),
+            "bench": asdict(recipe.bench),
+        }
+
+        def measure() -> dict[str, Any]:
+            record = bench(artifact, teacher=teacher, out=out / "bench", settings=recipe.bench, force=True)
+            return {"record": "bench/record.json", "measurements": len(record["measurements"])}
+
+        records["bench"] = self._stage("bench", inputs, out / "bench" / "record.json", measure)
+        inputs = {"record": sha256_file(out / "bench" / "record.json"), "version": __version__}
+
+        def write_report() -> dict[str, Any]:
+            return {"page": str(report([out / "bench" / "record.json"], out=place, force=True).relative_to(out))}
+
+        records["report"] = self._stage("report", inputs, place / "index.html", write_report)
+        return records | {"artifact": str(artifact), "page": str(place / "index.html")}
+
+
+def distill_inputs(recipe: Recipe, teacher: Path, shared: dict[str, Any]) -> dict[str, Any]:
+    """Return everything a student depends on; how often to log or save is not part of it."""
+    plain = DistillSettings()
+    settings = replace(recipe.distill, logging_steps=plain.logging_steps, checkpoint_seconds=plain.checkpoint_seconds)
+    return shared | {
+        "teacher": sha256_file(teacher / WEIGHTS),
+        "student": asdict(recipe.student),
+        "distill": asdict(settings),
+    }
+
+
+def export_record(artifact: Any) -> dict[str, Any]:
+    """Return what a person wants to know of a fresh artifact: its files, metrics and parity."""
+    manifest = artifact.manifest
+    return {
+        "artifact": str(artifact.folder),
+        "metrics": manifest["metrics"],
+        "bytes": {name: entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".onnx")},
+        "parity": manifest["parity"],
+    }
+
+
+def _changed(before: Any, after: dict[str, Any], prefix: str = "") -> str:
+    """Name the inputs that differ."""
+    if not isinstance(before, dict):
+        return prefix or "unknown"
+    names = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if old != new:
+            nested = isinstance(new, dict) and isinstance(old, dict)
+            names.append(_changed(old, dict(new or {}), f"{prefix}{key}.") if nested else f"{prefix}{key}")
+    return ", ".join(names)

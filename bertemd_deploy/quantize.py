@@ -1,0 +1,201 @@
+"""Dynamic int8: activations U8 per tensor, measured at each call; weights S8, symmetric. Graph in, graph out, torch-free.
+
+    matrix products   q = round(x / s_x) + z_x (uint8), W = s_w W_q (int8);  x W ~ s_x s_w (q - z_x) W_q, added in int32
+    embedding tables  int8 rows, one scale per row (stored as float16 where its range allows), looked up then multiplied
+
+The portable form is DynamicQuantizeLinear, MatMulInteger, Cast, Mul; the fused form one DynamicQuantizeMatMul with its
+bias. Only two-dimensional weights become int8: biases, LayerNorm parameters, the segment table (2 rows) and the final
+classifier stay float32, and so does what runs between the products.
+
+ONNX Runtime's own quantize_dynamic is not used: it gives a whole embedding table one scale, rounds LayerNorm parameters
+and the position table's neighbours in QEmbedLayerNormalization, and does not know the fused form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from bertemd_deploy.errors import ExportError
+from bertemd_deploy.onnx_edit import MICROSOFT, Editor, attribute, tidy
+
+ACTIVATION_TYPE = "uint8"
+WEIGHT_TYPE = "int8"
+REDUCE_RANGE = False  # full 8-bit weights: exact with VNNI, AMX or Arm; older x86 saturates at extremes
+_SMALLEST_TABLE = 16  # rows; a shorter table (segments) is not worth a second lookup
+
+
+def operators(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the nodes of `model` that can be quantized, in graph order."""
+    editor = Editor(model)
+    return [node.name for node in model.graph.node if _weight_of(editor, node) is not None]
+
+
+def quantize(
+    model: onnx.ModelProto, *, fused: bool, per_channel: bool = False, excluded: Collection[str] = ()
+) -> onnx.ModelProto:
+    """Return the int8 form of an fp32 graph.
+
+    Args:
+        model: portable or fused fp32 graph, tidied; it is left as it is.
+        fused: write ONNX Runtime's fused product rather than standard operators.
+        per_channel: one scale per output column of a matrix rather than one per matrix.
+        excluded: names of nodes that stay fp32.
+
+    Raises:
+        ExportError: `excluded` names a node that cannot be quantized, or nothing is left to quantize.
+    """
+    names = operators(model)
+    unknown = sorted(set(excluded) - set(names))
+    if unknown or not set(names) - set(excluded):
+        raise ExportError(
+            f"int8: {', '.join(unknown) or 'every operator'} excluded; "
+            f"operators that can be quantized: {', '.join(names) or 'none'}."
+        )
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    editor = Editor(result)
+    if fused:
+        _declare_microsoft(result)
+    quantized_inputs: dict[str, list[str]] = {}
+    absorbed: set[str] = set()
+
+    def replace(node: onnx.NodeProto) -> bool:
+        if node.output[0] in absorbed:
+            return True
+        weight = None if node.name in excluded else _weight_of(editor, node)
+        if weight is None:
+            return False
+        if node.op_type == "Gather":
+            _table(editor, node, weight)
+            return True
+        bias, output = _bias_of(editor, node, absorb=fused)
+        codes, scale = quantize_weight(weight, per_channel=per_channel)
+        weights = [editor.constant(codes, f"{node.name}/int8"), editor.constant(scale, f"{node.name}/scale")]
+        if fused:
+            inputs = [node.input[0], *weights, *(["", bias] if bias else [])]
+            editor.emit("DynamicQuantizeMatMul", inputs, name=node.name, outputs=[output], domain=MICROSOFT)
+            absorbed.add(output)
+        else:
+            _integer_product(editor, node, weights, bias=bias, cache=quantized_inputs)
+        return True
+
+    editor.rewrite(replace)
+    tidy(result, opset=next(entry.version for entry in result.opset_import if not entry.domain))
+    _check(result)
+    return result
+
+
+def quantize_weight(weight: NDArray[np.float32], *, per_channel: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return int8 codes (K, N) in [-127, 127] and their scale, () or (N,), of a float weight (K, N)."""
+    largest = np.abs(weight).max(axis=0) if per_channel else np.abs(weight).max()
+    scale = np.asarray(np.where(largest > 0, largest / 127, 1), dtype=np.float32)
+    return _codes(weight, scale), scale
+
+
+def quantize_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.floating]]:
+    """Return int8 codes (V, H) and one scale per row (V, 1): float16 where every scale is a normal float16, else float32.
+
+    Codes are made with the scale as stored, so storing it in float16 costs no accuracy.
+    """
+    largest = np.abs(table).max(axis=1, keepdims=True)
+    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    limits = np.finfo(np.float16)
+    if scale.min() >= limits.smallest_normal and scale.max() < limits.max:
+        half = scale.astype(np.float16)
+        short = half.astype(np.float32) < scale  # rounded down: the largest entry would clip
+        stored: NDArray[np.floating] = np.where(short, np.nextafter(half, np.float16(np.inf)), half).astype(np.float16)
+    else:
+        stored = scale
+    return _codes(table, stored.astype(np.float32)), stored
+
+
+def _codes(values: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int8]:
+    codes: NDArray[np.int8] = np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
+    return codes
+
+
+def _weight_of(editor: Editor, node: onnx.NodeProto) -> NDArray[np.float32] | None:
+    """Return the float weight that quantizing `node` would replace, (K, N) or (rows, H), or None."""
+    if node.domain or node.op_type not in {"MatMul", "Gemm", "Gather"}:
+        return None
+    array = editor.array(node.input[0 if node.op_type == "Gather" else 1])
+    if array is None or array.ndim != 2 or array.dtype != np.float32:
+        return None
+    if node.op_type == "Gather":
+        return array if attribute(node, "axis", 0) == 0 and len(array) >= _SMALLEST_TABLE else None
+    outputs = {value.name for value in editor.model.graph.output}
+    if node.output[0] in outputs:
+        return None  # the classifier: a few thousand weights, and the logits come straight from it
+    if node.op_type == "Gemm":
+        plain = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and not attribute(
+            node, "transA", 0
+        )
+        if not plain:
+            return None
+        return np.ascontiguousarray(array.T) if attribute(node, "transB", 0) else array
+    return array
+
+
+def _bias_of(editor: Editor, node: onnx.NodeProto, *, absorb: bool) -> tuple[str, str]:
+    """Return a product's constant bias ("" for none) and the output that holds product plus bias.
+
+    A Gemm carries its bias; that of a MatMul is the Add after it, looked for where `absorb` is set.
+    """
+    if node.op_type == "Gemm":
+        return (node.input[2] if len(node.input) > 2 else ""), node.output[0]
+    following = editor.consumers.get(node.output[0], [])
+    if absorb and len(following) == 1 and following[0].op_type == "Add":
+        for name in following[0].input:
+            array = editor.array(name)
+            if array is not None and array.ndim == 1:
+                return name, following[0].output[0]
+    return "", node.output[0]
+
+
+def _integer_product(
+    editor: Editor, node: onnx.NodeProto, weights: list[str], *, bias: str, cache: dict[str, list[str]]
+) -> None:
+    source, name = node.input[0], node.name
+    if source not in cache:
+        cache[source] = editor.emit("DynamicQuantizeLinear", [source], name=f"{name}/quantize", outputs=3)
+    codes, scale, zero_point = cache[source]
+    (total,) = editor.emit("MatMulInteger", [codes, weights[0], zero_point], name=name)
+    (real,) = editor.emit("Cast", [total], name=f"{name}/cast", to=onnx.TensorProto.FLOAT)
+    (scales,) = editor.emit("Mul", [scale, weights[1]], name=f"{name}/scales")
+    (product,) = editor.emit("Mul", [real, scales], name=f"{name}/rescale", outputs=1 if bias else list(node.output))
+    if bias:
+        editor.emit("Add", [product, bias], name=f"{name}/bias", outputs=list(node.output))
+
+
+def _table(editor: Editor, node: onnx.NodeProto, table: NDArray[np.float32]) -> None:
+    codes, scale = quantize_rows(table)
+    indices, name = node.input[1], node.name
+    found = []
+    for value, part in ((codes, "int8"), (scale, "scale")):
+        (rows,) = editor.emit(
+            "Gather", [editor.constant(value, f"{name}/{part}"), indices], name=f"{name}/{part}", axis=0
+        )
+        if value.dtype != np.float32:
+            (rows,) = editor.emit("Cast", [rows], name=f"{name}/{part}/cast", to=onnx.TensorProto.FLOAT)
+        found.append(rows)
+    editor.emit("Mul", found, name=f"{name}/rescale", outputs=list(node.output))
+
+
+def _declare_microsoft(model: onnx.ModelProto) -> None:
+    if MICROSOFT not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
+
+
+def _check(model: onnx.ModelProto) -> None:
+    """Assert what this module promises: int8 for matrices only, and float parameters untouched."""
+    kinds = {tensor.name: (tensor.data_type, len(tensor.dims)) for tensor in model.graph.initializer}
+    small = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    assert all(dimensions == 2 for kind, dimensions in kinds.values() if kind in small)
+    assert not any(node.op_type in {"DequantizeLinear", "QEmbedLayerNormalization"} for node in model.graph.node)
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization":
+            assert all(kinds[name] == (onnx.TensorProto.FLOAT, 1) for name in node.input[1:])

@@ -1,0 +1,232 @@
+"""Bench records as `bertemd bench` writes them, from a seed: shapes and keys are real, numbers are made up."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bertemd_deploy.artifact import GRAPHS
+from bertemd_deploy.bench.statistics import speedup, summarize
+
+ROUNDS, SAMPLES = 5, 12
+MB = 1_000_000
+# model, backend, graph, precision -> ms at batch 1, 32 tokens, 1 thread; bytes; peak RSS; accuracy; agreement
+MODELS: dict[tuple[str, str, str | None, str], tuple[float, int, int, float, float | None]] = {
+    ("teacher", "pytorch", None, "fp32"): (44.0, 438 * MB, 1_130 * MB, 0.953, None),
+    ("teacher", "onnxruntime", "fp32", "fp32"): (36.0, 438 * MB, 910 * MB, 0.953, 1.0),
+    ("student", "onnxruntime", "fp32", "fp32"): (6.1, 58 * MB, 212 * MB, 0.944, 0.972),
+    ("student", "onnxruntime", "int8", "int8"): (4.0, 15 * MB, 131 * MB, 0.940, 0.966),
+    ("student", "onnxruntime", "fused", "fp32"): (5.2, 58 * MB, 205 * MB, 0.944, 0.972),
+    ("student", "onnxruntime", "fused-int8", "int8"): (3.1, 15 * MB, 124 * MB, 0.941, 0.967),
+}
+LENGTHS = (16, 32, 64, 128)
+
+
+def _measurements(rng: np.random.Generator, factor: float, keys: list[tuple[str, str, str | None, str]]) -> list[Any]:
+    found = []
+    for threads in (1, 2):
+        for batch in (1, 8):
+            for sequence in (*LENGTHS, "replay"):
+                tokens = 24 if sequence == "replay" else int(sequence)
+                rounds = {}
+                for key in keys:
+                    base = factor * MODELS[key][0] * (0.25 + 0.75 * tokens / 32) * batch**0.9 / threads**0.75
+                    rounds[key] = (base * rng.lognormal(0, 0.04, (ROUNDS, SAMPLES))).tolist()
+                for key in keys:
+                    latency = summarize(rounds[key])
+                    compared = keys[0][0] == "teacher" and key != keys[0]
+                    found.append(
+                        dict(zip(("model", "backend", "graph", "precision"), key, strict=True))
+                        | {
+                            "model_bytes": MODELS[key][1],
+                            "batch": batch,
+                            "sequence": sequence,
+                            "threads": threads,
+                            "n": latency["n"],
+                            "latency_ms": latency,
+                            "end_to_end_ms": summarize((np.array(rounds[key]) + 0.2).tolist())
+                            if sequence == "replay"
+                            else None,
+                            "throughput_per_s": 1000 * batch / latency["mean"],
+                            "cold_start_ms": None,
+                            "peak_rss_bytes": None,
+                            "cpu_seconds_per_inference": threads * latency["mean"] / 1000,
+                            "metric": MODELS[key][3],
+                            "speedup_vs_teacher": speedup(rounds[keys[0]], rounds[key], seed=0) if compared else None,
+                        }
+                    )
+    return found
+
+
+def _models(keys: list[tuple[str, str, str | None, str]]) -> list[Any]:
+    return [
+        dict(zip(("model", "backend", "graph", "precision"), key, strict=True))
+        | {
+            "name": " ".join(filter(None, key)),
+            "model_bytes": MODELS[key][1],
+            "metrics": {"accuracy": MODELS[key][3], "f1": MODELS[key][3] - 0.02},
+            "agreement_with_teacher": MODELS[key][4] if keys[0][0] == "teacher" else None,
+            "evaluated_examples": 872,
+            "cold_start_ms": {"import": 180.0, "load": MODELS[key][1] / MB, "first": 2 * MODELS[key][0], "n": 3},
+            "peak_rss_bytes": MODELS[key][2],
+        }
+        for key in keys
+    ]
+
+
+def _flow(rng: np.random.Generator, rows: int, columns: int, *, noise: float) -> list[list[float]]:
+    flow = np.zeros((rows, columns))
+    for row in range(rows):
+        flow[row, min(columns - 1, row * columns // rows)] = 1.0
+    flow += noise * rng.random((rows, columns)) * (rng.random((rows, columns)) > 0.5)
+    return (flow / flow.sum()).tolist()
+
+
+def _distillation(rng: np.random.Generator, rows: int, columns: int) -> dict[str, Any]:
+    def weights(size: int, share: float) -> list[float]:
+        raw = 1 + share * np.sin(np.arange(size) * 1.7) * 0.5
+        return (raw / raw.sum()).tolist()
+
+    steps = list(range(10, 2010, 10))
+    marginals = []
+    for step in steps:
+        share = step / steps[-1]
+        teacher, student = weights(rows, share), weights(columns, share)
+        marginals.append(
+            {
+                "step": step,
+                "attention_teacher": teacher,
+                "attention_student": student,
+                "hidden_teacher": teacher,
+                "hidden_student": student,
+            }
+        )
+    return {
+        "mapping": "emd",
+        "teacher_layers": rows,
+        "student_layers": columns,
+        "epochs": 3,
+        "steps": steps[-1],
+        "seed": 7,
+        "first": {
+            "step": steps[0],
+            "attention_flow": _flow(rng, rows, columns, noise=0.3),
+            "hidden_flow": _flow(rng, rows, columns, noise=0.2),
+        },
+        "last": {
+            "step": steps[-1],
+            "attention_flow": _flow(rng, rows, columns, noise=0.8),
+            "hidden_flow": _flow(rng, rows, columns, noise=0.6),
+        },
+        "marginals": marginals,
+        "losses": [
+            {
+                "step": step,
+                "total": 2 * np.exp(-step / 700) + 0.1,
+                "prediction": 0.7 * np.exp(-step / 500) + 0.05,
+                "embedding": 0.4 * np.exp(-step / 300) + 0.01,
+                "attention": 40 * np.exp(-step / 900) + 3,
+                "hidden": 5 * np.exp(-step / 800) + 0.4,
+            }
+            for step in steps
+        ],
+    }
+
+
+def build_record(*, seed: int = 0, teacher: bool = True, factor: float = 1.0, layers: int = 12) -> dict[str, Any]:
+    """Return a record of one device; `factor` scales every latency, `layers` is the teacher's depth."""
+    rng = np.random.default_rng(seed)
+    keys = [key for key in MODELS if teacher or key[0] == "student"]
+    return {
+        "schema_version": 1,
+        "device": {
+            "name": "AMD EPYC (2 cores, Linux x86_64)",
+            "kind": "measured",
+            "cpu": "AMD EPYC",
+            "isa": ["avx", "avx2", "avx512f", "avx512_vnni"],
+            "machine": "x86_64",
+            "cores": 2,
+            "threads": 4,
+            "memory_bytes": 8_000_000_000,
+            "governor": None,
+            "frequency": {"current_mhz": 2250.0, "max_mhz": None},
+            "container": {"cpu_quota": 2.0, "memory_limit_bytes": None},
+            "limits": {"affinity": 4, "quota": 2.0, "physical": 2, "threads": 2},
+        },
+        "versions": {"bertemd": "0.1.0", "python": "3.11.9", "onnxruntime": "1.23.0", "torch": None},
+        "started": "2026-03-04T05:06:07+00:00",
+        "duration_seconds": 312.4,
+        "conditions": {
+            "before": {"load_1m": 0.1, "temperature_celsius": None},
+            "after": {"load_1m": 1.9, "temperature_celsius": None},
+        },
+        "settings": {"rounds": ROUNDS, "seconds_per_cell": 0.4, "seed": 0},
+        "notes": [],
+        "baseline": "teacher pytorch fp32" if teacher else None,
+        "artifact": {
+            "task": {"name": "sst2", "kind": "classification", "metrics": ["accuracy", "f1"]},
+            "labels": ["negative", "positive"],
+            "max_length": 128,
+            "student": {"layers": 4, "hidden": 312, "heads": 12, "intermediate": 1200, "parameters": 14_350_248},
+            "teacher": {"name": "bert-base-sst2", "layers": layers, "sha256": "ab" * 32},
+            "metrics": {"teacher": {"accuracy": 0.951, "f1": 0.93}},
+            "parity": {
+                name: {"max_abs_logit_difference": difference, "decision_agreement": agreement, "examples": 256}
+                for name, difference, agreement in zip(
+                    GRAPHS, (2.1e-6, 0.183, 3.4e-6, 0.201), (1.0, 0.988, 1.0, 0.986), strict=True
+                )
+            },
+            "quantization": {
+                "mode": "dynamic",
+                "weight_type": "QInt8",
+                "activation_type": "QUInt8",
+                "per_channel": False,
+                "reduce_range": False,
+                "max_drop": 1.0,
+                "operators": ["MatMul", "Gather"],
+                "trials": [
+                    {"settings": "QUInt8 x QInt8, per tensor", "accuracy": 0.921, "drop": 2.3, "accepted": False},
+                    {"settings": "QUInt8 x QInt8, per channel", "accuracy": 0.941, "drop": 0.3, "accepted": True},
+                ],
+            },
+            "files": {path: {"bytes": 1} for path in GRAPHS.values()},
+        },
+        "distillation": _distillation(rng, layers, 4),
+        "models": _models(keys),
+        "measurements": _measurements(rng, factor, keys),
+    }
+
+
+_STORED: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    """A full record, free to change."""
+    if "full" not in _STORED:
+        _STORED["full"] = build_record()
+    return copy.deepcopy(_STORED["full"])
+
+
+@pytest.fixture
+def bare() -> dict[str, Any]:
+    """A record of the student alone, without teacher and distillation."""
+    return build_record(teacher=False) | {"distillation": None}
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Write a record and return its path."""
+
+    def write(value: Any, name: str = "record.json") -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps(value), encoding="utf-8")
+        return path
+
+    return write

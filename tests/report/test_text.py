@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+
+from bertemd_deploy.report import text
+
+
+@pytest.mark.parametrize("value", [None, "3", True, float("nan"), float("inf"), [1]])
+def test_number_takes_only_finite_json_numbers(value: object) -> None:
+    assert text.number(value) is None
+    assert text.number(3) == 3.0
+
+
+@pytest.mark.parametrize(
+    "write",
+    [text.milliseconds, text.megabytes, text.score, text.percent, text.per_second, lambda value: text.plain("", value)],
+)
+def test_null_is_never_a_number(write) -> None:
+    assert write(None) == "not measured"
+
+
+def test_units_and_digits() -> None:
+    assert [text.milliseconds(value) for value in (0.0421, 3.14159, 31.4159, 1314.159)] == [
+        "0.0421 ms",
+        "3.14 ms",
+        "31.4 ms",
+        "1,314 ms",
+    ]
+    assert [text.megabytes(value) for value in (150_000, 1_500_000, 91_400_000)] == ["0.15 MB", "1.50 MB", "91 MB"]
+    assert [text.ratio(value) for value in (0.934, 1.0449, 14.24, 140.2)] == ["0.93×", "1.04×", "14.2×", "140×"]
+    assert [text.points(value) for value in (-0.0312, 0.002, -0.00001)] == ["−3.1", "+0.2", "0.0"]
+
+
+def test_plain_values_follow_the_unit_in_their_key() -> None:
+    assert text.plain("memory_bytes", 8_000_000_000) == "8.0 GB"
+    assert text.plain("first_ms", 3.14) == "3.14 ms"
+    assert text.plain("decision_agreement", 0.988) == "98.8%"
+    assert text.plain("max_drop", 1.0) == "1 point"
+    assert text.plain("per_channel", False) == "no"
+    assert text.plain("difference", 2.13e-6) == "2.1e-06"
+    assert text.plain("operators", ["MatMul", "Gather"]) == "MatMul, Gather"
+    assert text.plain("excluded", {"count": 20}) == "count 20"
+    assert text.words("peak_rss_bytes") == "peak RSS"
+
+
+def test_markdown_is_disarmed() -> None:
+    assert text.markdown("a|b\n<img src=x> *c* [d](e) `f`") == r"a\|b &lt;img src=x&gt; \*c\* \[d\](e) \`f\`"
+
+
+def test_dig_stops_at_the_first_absent_level() -> None:
+    assert text.dig({"a": {"b": 1}}, "a", "b") == 1
+    assert text.dig({"a": [1]}, "a", "b") is None
+    assert text.dig(None, "a") is None

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bertemd_deploy.bench.statistics import summarize
+from bertemd_deploy.report.records import Record
+from bertemd_deploy.report.summary import Comparison, compare
+from bertemd_deploy.report.verdict import excess_drop, quantization_verdict, runtime_verdict, verdict
+
+FASTEST = "fused-int8"
+
+
+def comparison_of(record: dict[str, Any]) -> Comparison:
+    return compare(Record(record, "device"))
+
+
+def compared_cell(record: dict[str, Any], model: str, backend: str, graph: str | None) -> dict[str, Any]:
+    (entry,) = (
+        entry
+        for entry in record["measurements"]
+        if (entry["model"], entry["backend"], entry["graph"]) == (model, backend, graph)
+        and (entry["batch"], entry["sequence"], entry["threads"]) == (1, "replay", 2)
+    )
+    return entry
+
+
+def set_latency(entry: dict[str, Any], median: float) -> None:
+    entry["latency_ms"] = summarize((median * np.linspace(0.98, 1.02, 55).reshape(5, 11)).tolist())
+
+
+def set_speedup(record: dict[str, Any], p50: float, low: float, high: float, *, claimed: bool) -> None:
+    entry = compared_cell(record, "student", "onnxruntime", FASTEST)
+    entry["speedup_vs_teacher"] = {"p50": p50, "ci95": [low, high], "claimed": claimed}
+
+
+@pytest.fixture
+def exact(record) -> dict[str, Any]:
+    """A record whose compared cell holds round numbers."""
+    set_latency(compared_cell(record, "teacher", "pytorch", None), 44.0)
+    set_latency(compared_cell(record, "teacher", "onnxruntime", "fp32"), 31.0)
+    set_latency(compared_cell(record, "student", "onnxruntime", "fused"), 6.2)
+    set_latency(compared_cell(record, "student", "onnxruntime", FASTEST), 3.1)
+    set_speedup(record, 14.2, 13.9, 14.6, claimed=True)
+    return record
+
+
+def test_verdict_states_the_measured_facts(exact) -> None:
+    assert verdict(comparison_of(exact)) == (
+        "On this 2-core AMD EPYC, the 4-layer int8 student keeps 98.7% of the teacher's accuracy (0.941 of 0.953) and "
+        "answers 14.2× faster (p50 3.10 ms instead of the teacher's 44.0 ms in PyTorch, batch 1, replay of real lengths, "
+        "2 threads), in 15 MB instead of 438 MB."
+    )
+
+
+def test_interval_over_1_claims_nothing(exact) -> None:
+    set_speedup(exact, 1.03, 0.97, 1.08, claimed=False)
+    said = verdict(comparison_of(exact))
+    assert "is not claimed to be faster, for the 95% interval of the ratio, 0.97× to 1.08×, covers 1" in said
+    assert "× faster" not in said
+
+
+def test_speed_up_the_benchmark_did_not_claim_is_not_claimed(exact) -> None:
+    set_speedup(exact, 1.5, 1.4, 1.6, claimed=False)
+    assert (
+        "is not claimed to be faster, for the 95% interval of the ratio, 1.40× to 1.60×, was not accepted"
+        in verdict(comparison_of(exact))
+    )
+
+
+def test_slower_is_said(exact) -> None:
+    set_speedup(exact, 0.5, 0.48, 0.52, claimed=False)
+    assert "answers 2.0× slower (p50 3.10 ms" in verdict(comparison_of(exact))
+
+
+def test_no_interval_no_claim(exact) -> None:
+    compared_cell(exact, "student", "onnxruntime", FASTEST)["speedup_vs_teacher"] = {
+        "p50": 14.2, "ci95": None, "claimed": False,
+    }  # fmt: skip
+    assert "no interval, no claim" in verdict(comparison_of(exact))
+
+
+def test_student_above_the_teacher(exact) -> None:
+    next(entry for entry in exact["models"] if entry["graph"] == FASTEST)["metrics"]["accuracy"] = 0.962
+    assert "student reaches 100.9% of the teacher's accuracy (0.962 of 0.953)" in verdict(comparison_of(exact))
+
+
+def test_teacher_score_of_zero_gives_no_share(exact) -> None:
+    exact["models"][0]["metrics"]["accuracy"] = 0.0
+    assert "student scores 0.941 accuracy (teacher 0.000)" in verdict(comparison_of(exact))
+
+
+def test_drop_beyond_the_allowed_is_said(exact) -> None:
+    assert excess_drop(comparison_of(exact)) is None
+    next(entry for entry in exact["models"] if entry["graph"] == FASTEST)["metrics"]["accuracy"] = 0.913
+    assert verdict(comparison_of(exact)).endswith(
+        "; its accuracy is 3.1 points below the fp32 student, more than the 1 allowed."
+    )
+
+
+def test_no_teacher(bare) -> None:
+    said = verdict(comparison_of(bare))
+    assert "scores 0.941 accuracy (teacher not measured here, 0.951 by the artifact)" in said
+    assert "faster" not in said
+    assert "instead" not in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [
+        ("constrained", "On this 2-core AMD EPYC (constrained), "),
+        ("estimated", "Estimated, not measured, for 2-core AMD EPYC, "),
+    ],
+)
+def test_kind_of_device_is_said(exact, kind, start) -> None:
+    exact["device"]["kind"] = kind
+    assert verdict(comparison_of(exact)).startswith(start)
+
+
+def test_nothing_measured(exact) -> None:
+    assert verdict(comparison_of(exact | {"measurements": [], "models": []})) == (
+        "On this 2-core AMD EPYC, no student was measured."
+    )
+
+
+def test_same_runtime_tells_the_model_from_the_runtime(exact) -> None:
+    said = runtime_verdict(comparison_of(exact))
+    assert said is not None
+    assert said.startswith(
+        "Same runtime: against the teacher exported to ONNX Runtime, it is 10.0× faster (p50 3.10 ms against 31.0 ms; 95%"
+    )
+
+
+def test_same_runtime_is_silent_without_a_second_teacher(exact) -> None:
+    exact["measurements"] = [entry for entry in exact["measurements"] if entry["backend"] != "pytorch"]
+    exact["models"] = [entry for entry in exact["models"] if entry["backend"] != "pytorch"]
+    assert runtime_verdict(comparison_of(exact)) is None
+
+
+def test_int8_faster(exact) -> None:
+    said = quantization_verdict(comparison_of(exact))
+    assert said is not None
+    assert said.startswith("Quantization: int8 is 2.0× faster than fp32 here (p50 3.10 ms against 6.20 ms, batch 1")
+    assert said.endswith("changes accuracy by −0.3 points. This CPU multiplies 8-bit integers directly (AVX-512 VNNI).")
+
+
+def test_int8_slower_without_dot_product(exact) -> None:
+    set_latency(compared_cell(exact, "student", "onnxruntime", FASTEST), 12.4)
+    exact["device"]["isa"] = ["avx2"]
+    said = quantization_verdict(comparison_of(exact))
+    assert said is not None
+    assert "int8 is 2.0× slower than fp32 here" in said
+    assert said.endswith(
+        "This CPU has no 8-bit dot product (VNNI, AMX or Arm dot product), so int8 has little to gain here."
+    )
+
+
+def test_int8_the_same(exact) -> None:
+    set_latency(compared_cell(exact, "student", "onnxruntime", FASTEST), 6.2)
+    said = quantization_verdict(comparison_of(exact))
+    assert said is not None
+    assert "no difference between int8 and fp32 can be told here" in said
+    assert said.endswith("quantizing the activations of short inputs can cost as much as that saves.")
+
+
+def test_int8_without_samples_is_not_judged(exact) -> None:
+    compared_cell(exact, "student", "onnxruntime", FASTEST)["latency_ms"]["samples"] = None
+    said = quantization_verdict(comparison_of(exact))
+    assert said is not None
+    assert "int8 is not judged against fp32, for want of samples" in said
+
+
+def test_unknown_instruction_sets_give_no_reason(exact) -> None:
+    exact["device"]["isa"] = None
+    said = quantization_verdict(comparison_of(exact))
+    assert said is not None
+    assert said.endswith("points.")
+
+
+def test_no_int8_no_quantization_verdict(exact) -> None:
+    exact["measurements"] = [entry for entry in exact["measurements"] if entry["precision"] == "fp32"]
+    assert quantization_verdict(comparison_of(exact)) is None
