@@ -169,7 +169,7 @@ def finetune(
     from bertemd_deploy.checkpoints import WEIGHTS, find_model
     from bertemd_deploy.files import sha256_file
 
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "teacher": {"model": model, "epochs": epochs, "seed": seed, "finetune": "always"},
         "data": {"path": data, "task": task},
         "student": {"name": "4L"},
@@ -213,7 +213,7 @@ def distill(
     from bertemd_deploy import pipeline
     from bertemd_deploy.checkpoints import find_model
 
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "teacher": {"model": teacher},
         "data": {"path": data, "task": task},
         "student": {"name": student},
@@ -266,7 +266,7 @@ def evaluate(
     """Print the task's metrics of a model on the dev split."""
     from bertemd_deploy.artifact import MANIFEST
 
-    given = {"teacher": {"model": str(model)}, "data": {"path": data, "task": task}, "student": {"name": "4L"}}
+    given: dict[str, dict[str, Any]] = {"teacher": {"model": str(model)}, "data": {"path": data, "task": task}, "student": {"name": "4L"}}
     settings = _recipe(None, given, set_).data
     if (model / MANIFEST).exists():
         from bertemd_deploy.classifier import evaluate_artifact
@@ -304,7 +304,7 @@ def export(
     from bertemd_deploy import pipeline
     from bertemd_deploy.artifact import Artifact
 
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "teacher": {"model": str(student)},
         "data": {"path": data or "demo", "task": task},
         "student": {"name": "4L"},
@@ -332,7 +332,7 @@ def bench(
     """Measure latency, memory and accuracy of an artifact against its teacher on this machine."""
     from bertemd_deploy.bench.compare import bench as measure
 
-    given = {"teacher": {"model": str(teacher or artifact)}, "data": {"path": "demo"}, "student": {"name": "4L"}}
+    given: dict[str, dict[str, Any]] = {"teacher": {"model": str(teacher or artifact)}, "data": {"path": "demo"}, "student": {"name": "4L"}}
     settings = _recipe(None, given, set_).bench
     folder = None
     if teacher is not None:

@@ -282,21 +282,19 @@ def _write_int8(
 
 
 def _quantization(build: _Build, settings: QuantizeSettings) -> dict[str, Any]:
-    graphs = {
-        graph: {
-            "per_channel": trial.per_channel,
-            "operators": len(operators(build.graphs["fused" if graph == "fused-int8" else "fp32"]))
-            - len(trial.excluded),
-            "excluded": trial.excluded,
-        }
-        for graph, trial in build.chosen.items()
-    }
+    """Return the manifest's entry; what may differ between the graphs is keyed by graph."""
+    found = {graph: operators(build.graphs["fused" if graph == "fused-int8" else "fp32"]) for graph in build.chosen}
     return {
         **asdict(settings),
         "activation_type": ACTIVATION_TYPE,
         "weight_type": WEIGHT_TYPE,
         "reduce_range": REDUCE_RANGE,
-        "graphs": graphs,
+        "per_channel": {graph: trial.per_channel for graph, trial in build.chosen.items()},
+        "operators": {
+            graph: [name for name in found[graph] if name not in trial.excluded]
+            for graph, trial in build.chosen.items()
+        },
+        "excluded": {graph: trial.excluded for graph, trial in build.chosen.items()},
         "trials": [asdict(trial) for trial in build.trials],
     }
 

@@ -59,7 +59,7 @@ class Parity:
         max_abs_logit_difference: largest difference; None where a logit is not finite.
         decision_agreement: share of inputs with the same decision; None for regression.
         inputs: inputs compared, single rows included.
-        missed: inputs over the tolerance or with another decision.
+        beyond_tolerance: inputs over the tolerance or with another decision; what an fp32 graph may not have.
         single_rows: inputs that ran alone.
         shapes: distinct [batch, sequence] that ran.
     """
@@ -67,7 +67,7 @@ class Parity:
     max_abs_logit_difference: float | None
     decision_agreement: float | None
     inputs: int
-    missed: int
+    beyond_tolerance: int
     single_rows: int
     shapes: list[list[int]]
 
@@ -112,7 +112,7 @@ def measure_parity(path: Path, reference: Reference) -> Parity:
         max_abs_logit_difference=largest if np.isfinite(largest) else None,
         decision_agreement=float(same.mean()) if reference.classification else None,
         inputs=len(found),
-        missed=int(((differences > PARITY_TOLERANCE) | ~same).sum()),
+        beyond_tolerance=int(((differences > PARITY_TOLERANCE) | ~same).sum()),
         single_rows=sum(len(batch["input_ids"]) == 1 for batch in reference.batches),
         shapes=[list(shape) for shape in shapes],
     )
@@ -129,7 +129,7 @@ def check_parity(parity: Parity, path: Path, *, out: Path) -> None:
     Raises:
         GateError: a logit is off by more than `PARITY_TOLERANCE`, or a decision differs.
     """
-    if not parity.missed:
+    if not parity.beyond_tolerance:
         return
     largest = parity.max_abs_logit_difference
     kept = keep_rejected(path, out=out)
@@ -137,7 +137,7 @@ def check_parity(parity: Parity, path: Path, *, out: Path) -> None:
     agreement = "" if parity.decision_agreement is None else f", same decision on {parity.decision_agreement:.1%}"
     raise GateError(
         f"{path.name} differs from the torch student by {found} on logits (allowed {PARITY_TOLERANCE:.1e}, "
-        f"{parity.missed} of {parity.inputs} inputs{agreement}). Kept as {kept.name}. "
+        f"{parity.beyond_tolerance} of {parity.inputs} inputs{agreement}). Kept as {kept.name}. "
         "Set export.exporter to the other exporter, or update onnxruntime."
     )
 

@@ -203,21 +203,34 @@ def build_record(*, seed: int = 0, teacher: bool = True, factor: float = 1.0, la
     }
 
 
-_STORED: dict[str, dict[str, Any]] = {}
+@pytest.fixture(scope="session")
+def build() -> Callable[..., dict[str, Any]]:
+    """The builder itself, for records of other devices."""
+    return build_record
+
+
+@pytest.fixture(scope="session")
+def stored_record() -> dict[str, Any]:
+    """A full record, to be left as it is."""
+    return build_record()
 
 
 @pytest.fixture
-def record() -> dict[str, Any]:
+def record(stored_record) -> dict[str, Any]:
     """A full record, free to change."""
-    if "full" not in _STORED:
-        _STORED["full"] = build_record()
-    return copy.deepcopy(_STORED["full"])
+    return copy.deepcopy(stored_record)
 
 
 @pytest.fixture
 def bare() -> dict[str, Any]:
     """A record of the student alone, without teacher and distillation."""
     return build_record(teacher=False) | {"distillation": None}
+
+
+@pytest.fixture
+def empty() -> dict[str, Any]:
+    """The least that is a record: nothing was measured."""
+    return {"schema_version": 1, "device": {}, "artifact": {}, "measurements": []}
 
 
 @pytest.fixture

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny_artifact import GOLD, MAX_LENGTH, write_graph
+
+from bertemd_deploy.bench.process import COMMAND, Worker, worker_environment
+from bertemd_deploy.errors import MeasurementError
+from bertemd_deploy.metrics import accuracy
+
+
+def opened(worker, folder, graph="onnx/model.onnx"):
+    return worker.request(
+        "open", backend="onnxruntime", path=str(folder / graph), threads=1, artifact=str(folder), seed=0
+    )
+
+
+def test_only_the_standard_library_is_imported_before_open():
+    heavy = {"numpy", "onnxruntime", "torch", "rich", "psutil"}
+    text = f"import sys, bertemd_deploy.bench.worker; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", text], env=worker_environment(1), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_what_libraries_print_stays_off_the_channel():
+    text = (
+        "import os, sys\nfrom bertemd_deploy.bench.worker import take_stdout\nchannel = take_stdout()\n"
+        "print('noise', flush=True)\nos.write(1, b'native noise\\n')\nchannel.write('answer\\n')\nchannel.close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text], env=worker_environment(1), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "answer\n"
+    assert done.stderr == "noise\nnative noise\n"
+
+
+def test_worker_ends_with_its_stdin():
+    done = subprocess.run(COMMAND, env=worker_environment(1), input="", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_a_whole_session(artifact_folder):
+    with Worker("student fp32", threads=1) as worker:
+        start = opened(worker, artifact_folder)
+        assert start["import_ms"] > 0
+        assert start["load_ms"] > 0
+        assert start["rss_after_import_bytes"] > 2**20
+        assert start["parameters"] is None
+        assert worker.request("first", sequence=MAX_LENGTH)["first_ms"] > 0
+        warm = worker.request("warm", seconds=0.05, count=5, batch=2, sequence=4)
+        assert warm["calls"] >= 2
+        turn = worker.request("turn", lead=True, count=7, batch=2, sequence=4)
+        assert len(turn["samples_ms"]) == 7
+        for texts in (False, True):
+            turn = worker.request("turn", lead=False, start=3, count=4, batch=3, sequence="replay", texts=texts)
+            assert len(turn["samples_ms"]) == 4
+        logits = np.array(worker.request("evaluate")["logits"])
+        assert logits.shape == (12, 2)
+        assert accuracy(logits, GOLD) == 1.0
+
+
+def test_peak_memory_is_that_of_the_model_and_not_of_a_large_parent(artifact_folder):
+    large = np.ones(600 * 2**20, dtype=np.uint8)
+    with Worker("student fp32", threads=1) as worker:
+        start = opened(worker, artifact_folder)
+        peak = worker.request("memory", batches=[1, 8])["peak_rss_bytes"]
+    assert start["rss_after_import_bytes"] <= peak < large.nbytes
+
+
+def test_a_damaged_graph_is_one_sentence(artifact_folder):
+    (artifact_folder / "onnx/model.onnx").write_bytes(b"not a graph")
+    with (
+        pytest.raises(
+            MeasurementError, match=r"bench, student fp32: .*model\.onnx: ONNX Runtime .* cannot load this file"
+        ),
+        Worker("student fp32", threads=1) as worker,
+    ):
+        opened(worker, artifact_folder)
+
+
+def test_a_graph_that_fails_when_run_ends_the_worker_with_its_reason(artifact_folder):
+    write_graph(artifact_folder / "onnx/model.onnx", table=np.zeros((3, 2)), bias=np.zeros(2))  # too few tokens
+    with Worker("student fp32", threads=1) as worker:
+        opened(worker, artifact_folder)
+        with pytest.raises(MeasurementError) as error:
+            worker.request("evaluate")
+    assert "ended with exit code 1 during 'evaluate'" in str(error.value)
+    assert "indices element out of data bounds" in str(error.value)

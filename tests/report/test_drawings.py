@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from bertemd_deploy.report.figures import accuracy_by_latency, latency_by_length, memory_and_size
+from bertemd_deploy.report.mapping import distillation_figures, flow_maps, loss_curves, marginal_maps, matrix
+from bertemd_deploy.report.records import Record
+from bertemd_deploy.report.summary import compare
+
+pytest.importorskip("matplotlib")
+
+
+def texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_flow_cells_hold_percent_of_the_mass_and_small_ones_stay_blank() -> None:
+    flow = [[0.5, 0.0], [0.125, 0.3745], [0.0005, 0.0]]
+    drawing = flow_maps({"first": {"step": 1, "attention_flow": flow}, "last": None}, "attention")
+    assert drawing is not None
+    assert {"50", "12", "37"} <= set(texts(drawing.svg))
+    assert "0.1" not in texts(drawing.svg)
+    assert "first step, 1" in texts(drawing.svg)
+    assert "3 teacher and 2 student layers" in drawing.alternative
+    assert "teacher 1 to student 1, teacher 2 to student 2" in drawing.alternative
+
+
+def test_both_maps_share_one_colour_scale() -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    weak, strong = [[0.4, 0.1], [0.1, 0.4]], [[0.9, 0.1], [0.0, 0.0]]
+    pair = {"first": {"step": 1, "hidden_flow": weak}, "last": {"step": 2, "hidden_flow": strong}}
+    drawing = flow_maps(pair, "hidden")
+    assert drawing is not None
+    colors = [to_hex(colormaps["Blues"](share)) for share in (0.4 / 0.9, 1.0)]
+    assert [drawing.svg.count(f"fill: {color}") for color in colors] == [2, 1]
+
+
+def test_deep_teacher_fits() -> None:
+    rng = np.random.default_rng(0)
+    flow = rng.random((24, 12))
+    drawing = flow_maps({"first": {"step": 1, "hidden_flow": (flow / flow.sum()).tolist()}}, "hidden")
+    assert drawing is not None
+    assert {"24", "12"} <= set(texts(drawing.svg))
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], [[]], [[1, 2], [3]], [[1, None]], [["a"]], {"a": 1}, [1, 2], [[float("nan")]]]
+)
+def test_what_is_no_matrix_is_left_out(value) -> None:
+    assert matrix(value) is None
+    assert flow_maps({"first": {"step": 1, "attention_flow": value}}, "attention") is None
+
+
+def test_shared_marginals_are_drawn_once_and_separate_ones_twice(record) -> None:
+    distillation = record["distillation"]
+    (shared,) = marginal_maps(distillation)
+    assert "share one set of weights in this run, drawn once" in shared.caption
+    for entry in distillation["marginals"]:
+        entry["hidden_teacher"] = list(reversed(entry["hidden_teacher"]))
+    attention, hidden = marginal_maps(distillation)
+    assert (attention.title, hidden.title) == (
+        "Layer weights during training: attention scores",
+        "Layer weights during training: hidden states",
+    )
+    assert "drawn once" not in attention.caption
+
+
+def test_marginals_state_the_last_weights(record) -> None:
+    (drawing,) = marginal_maps(record["distillation"])
+    last = record["distillation"]["marginals"][-1]["attention_student"]
+    assert "student layers end at " + ", ".join(f"{weight:.3f}" for weight in last) in drawing.alternative
+    assert {f"{weight:.3f}".removeprefix("0") for weight in last} <= set(texts(drawing.svg))
+
+
+def test_weights_that_do_not_move_are_not_called_learnt() -> None:
+    entry = {"attention_teacher": [0.5, 0.5], "attention_student": [1.0]}
+    (drawing,) = marginal_maps({"marginals": [{"step": step} | entry for step in (1, 2)]})
+    assert drawing.caption == "The weights stay as they were: this mapping does not move them."
+
+
+def test_one_logged_step_is_enough_for_weights_but_not_for_a_curve() -> None:
+    entry = {"step": 5, "hidden_teacher": [0.5, 0.5], "hidden_student": [1.0], "total": 1.0}
+    (drawing,) = distillation_figures({"marginals": [entry], "losses": [entry]})
+    assert drawing.title.startswith("Layer weights")
+
+
+def test_losses_that_were_not_logged_have_no_curve() -> None:
+    drawing = loss_curves(
+        {"losses": [{"step": 1, "total": 2.0, "prediction": 2.0}, {"step": 2, "total": 1.0, "hidden": None}]}
+    )
+    assert drawing is not None
+    assert drawing.alternative == "Losses over training: total 2.00 to 1.00."
+    assert "hidden" not in texts(drawing.svg)
+
+
+@pytest.mark.parametrize("value", [None, {}, {"mapping": "none", "first": None, "last": None}, "text"])
+def test_no_mapping_no_figures(value) -> None:
+    assert distillation_figures(value) == []
+
+
+def test_latency_has_a_panel_for_fewest_and_most_threads(record) -> None:
+    drawing = latency_by_length(Record(record, "device"), name="x")
+    assert drawing is not None
+    assert {"1 thread", "2 threads", "16", "128"} <= set(texts(drawing.svg))
+    record["measurements"] = [entry for entry in record["measurements"] if entry["threads"] == 2]
+    single = latency_by_length(Record(record, "device"), name="x")
+    assert single is not None
+    assert "1 thread" not in texts(single.svg)
+
+
+def test_accuracy_against_latency_needs_two_models(record) -> None:
+    assert accuracy_by_latency(compare(Record(record, "device")), name="x") is not None
+    record["models"], record["measurements"] = (
+        [entry for entry in record[key] if entry["graph"] == "int8"] for key in ("models", "measurements")
+    )
+    assert accuracy_by_latency(compare(Record(record, "device")), name="x") is None
+
+
+def test_bar_without_value_says_so(record) -> None:
+    for entry in record["models"]:
+        if entry["graph"] == "fused":
+            entry["peak_rss_bytes"] = None
+    drawing = memory_and_size(compare(Record(record, "device")), name="x")
+    assert drawing is not None
+    assert " not measured" in texts(drawing.svg)
+    assert "Student fp32, fused not measured" in drawing.alternative

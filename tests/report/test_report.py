@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from bertemd_deploy.errors import ArtifactError, BertemdError
+from bertemd_deploy.report import report
+
+pytest.importorskip("matplotlib")
+
+LOADING = {
+    ("script", "src"),
+    ("link", "href"),
+    ("img", "src"),
+    ("iframe", "src"),
+    ("object", "data"),
+    ("source", "src"),
+}
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: tags with attributes, text, table rows, and whether tags are balanced."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).replace("\N{NO-BREAK SPACE}", " ").split())
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+    def row(self, first: str) -> list[str]:
+        return next(row for row in self.rows if row and row[0] == first)
+
+
+def page_of(path: Path) -> Page:
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    return page
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, stored_record) -> Path:
+    """The report on one full record."""
+    folder = tmp_path_factory.mktemp("full")
+    (folder / "record.json").write_text(json.dumps(stored_record), encoding="utf-8")
+    return report([folder / "record.json"], out=folder / "out")
+
+
+def test_three_files_and_the_records_unchanged(full, record) -> None:
+    assert sorted(item.name for item in full.parent.iterdir()) == ["index.html", "report.json", "report.md"]
+    assert full.name == "index.html"
+    assert json.loads(full.with_name("report.json").read_text(encoding="utf-8")) == [record]
+
+
+def test_page_is_one_small_file_that_asks_for_nothing(full) -> None:
+    text = full.read_text(encoding="utf-8")
+    assert len(text.encode()) < 1_000_000
+    assert not re.search(r"https?://|//cdn|@import|url\((?!#)", text)
+    page = Page(text)
+    assert page.all("script") == []
+    assert not [tag for tag, attributes in page.tags for name in attributes if (tag, name) in LOADING]
+    links = [
+        value or ""
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("href", "xlink:href")
+    ]
+    assert links
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+
+
+def test_page_stands_in_the_order_a_reader_asks(full) -> None:
+    headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", full.read_text(encoding="utf-8"))
+    assert headings == [
+        "Verdict",
+        "Side by side",
+        "Speed, accuracy and memory",
+        "Which teacher layer taught which",
+        "Quantization and parity",
+        "All measurements",
+        "Machine, versions, and how the numbers were got",
+    ]
+
+
+def test_every_figure_has_a_title_a_caption_and_words_for_who_cannot_see_it(full) -> None:
+    page = page_of(full)
+    titles = re.findall(r"<figure>\n<h3>([^<]*)</h3>", full.read_text(encoding="utf-8"))
+    assert titles == [
+        "Latency against input length",
+        "Accuracy against latency",
+        "Memory and size",
+        "Cold start",
+        "EMD flow between attention scores",
+        "EMD flow between hidden states",
+        "Layer weights during training: attention and hidden states",
+        "Losses during training",
+    ]
+    drawings = page.all("svg")
+    assert len(drawings) == len(page.all("figcaption")) == len(titles)
+    assert all(drawing["role"] == "img" and len(drawing["aria-label"] or "") > 40 for drawing in drawings)
+
+
+def test_identifiers_are_unique_and_every_reference_resolves(full) -> None:
+    text = full.read_text(encoding="utf-8")
+    found = [attributes["id"] for _, attributes in Page(text).tags if "id" in attributes]
+    assert len(found) == len(set(found))
+    referred = set(re.findall(r'(?:url\(|href=")#([^")]+)', text)) | set(re.findall(r'aria-labelledby="([^"]+)"', text))
+    assert referred <= set(found)
+
+
+def test_page_is_readable_on_a_phone_and_by_a_screen_reader(full) -> None:
+    page = page_of(full)
+    assert page.all("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+    assert len(page.all("h1")) == 1
+    assert len(page.all("table")) == len(page.all("caption"))
+    boxes = [attributes for attributes in page.all("div") if attributes.get("class") == "table"]
+    assert len(boxes) == len(page.all("table"))
+    assert all(box["tabindex"] == "0" and box["role"] == "region" and box["aria-label"] for box in boxes)
+
+
+def test_comparison_holds_the_measured_values(full, record) -> None:
+    page = page_of(full)
+    (entry,) = (
+        entry
+        for entry in record["measurements"]
+        if (entry["graph"], entry["batch"], entry["sequence"], entry["threads"]) == ("fused-int8", 1, "replay", 2)
+    )
+    headings = page.row("Model")
+    row = dict(zip(headings, page.row("Student int8, fused"), strict=True))
+    low, high = entry["speedup_vs_teacher"]["ci95"]
+    assert row["accuracy"] == "0.941"
+    assert row["f1"] == "0.921"
+    assert row["Of teacher"] == "98.7%"
+    assert row["p50"] == f"{entry['latency_ms']['p50']:.2f} ms"
+    assert row["p95"] == f"{entry['latency_ms']['p95']:.2f} ms"
+    assert row["Text to answer, p50"] == f"{entry['end_to_end_ms']['p50']:.2f} ms"
+    assert row["Speed-up (95% interval)"] == f"{entry['speedup_vs_teacher']['p50']:.1f}× ({low:.1f}–{high:.1f})"
+    assert row["Cold start"] == "201 ms"
+    assert (row["Peak memory"], row["Size"], row["Agrees with teacher"]) == ("124 MB", "15 MB", "96.7%")
+    teacher = dict(zip(headings, page.row("Teacher, PyTorch"), strict=True))
+    assert (teacher["Of teacher"], teacher["Speed-up (95% interval)"]) == ("100.0%", "baseline")
+
+
+def test_all_cells_stand_in_the_folded_table(full, record) -> None:
+    text = full.read_text(encoding="utf-8")
+    folded = Page(text[text.index("<details>") : text.index("</details>") + len("</details>")])
+    assert len(folded.rows) == 1 + len(record["measurements"])
+    assert folded.rows[0][:5] == ["Model", "Batch", "Tokens", "Threads", "n"]
+    assert "P99" not in folded.rows[0]  # 60 samples a cell are too few for it
+
+
+def test_quantization_and_parity_are_listed(full) -> None:
+    page = page_of(full)
+    assert page.row("fused-int8") == ["fused-int8", "0.201", "98.6%", "256"]
+    assert page.row("2") == ["2", "QUInt8 x QInt8, per channel", "0.941", "0.3", "yes"]
+    assert page.row("Max drop") == ["Max drop", "1 point"]
+
+
+def test_machine_and_method(full) -> None:
+    page = page_of(full)
+    assert page.row("Instruction sets")[1] == "avx, avx2, avx512f, avx512_vnni"
+    assert page.row("torch") == ["torch", "not installed"]
+    assert "Governor" not in [row[0] for row in page.rows if row]
+    assert "interleaved rounds (5 of them)" in page.text
+    assert "120 measurements of 60 timed calls each." in page.text
+    assert "Scores are over 872 examples" in page.text
+
+
+def test_equal_input_gives_equal_bytes(full, record, save, tmp_path) -> None:
+    again = report([save(record)], out=tmp_path / "out")
+    for name in ("index.html", "report.md", "report.json"):
+        assert again.with_name(name).read_bytes() == full.with_name(name).read_bytes()
+
+
+def test_markdown_fits_a_pull_request(full) -> None:
+    text = full.with_name("report.md").read_text(encoding="utf-8")
+    assert "**On this 2-core AMD EPYC, the 4-layer int8 student keeps 98.7% of the teacher's accuracy" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 6
+    assert len({line.count("|") for line in table}) == 1
+    assert "[index.html](index.html)" in text
+    assert "Quantization: int8 is" in text
+
+
+def test_student_alone_without_distillation(bare, save, tmp_path) -> None:
+    page = page_of(report([save(bare)], out=tmp_path / "out"))
+    assert "teacher not measured here, 0.951 by the artifact" in page.text
+    assert "Which teacher layer taught which" not in page.text
+    assert "Speed-up (95% interval)" not in page.text
+    assert len(page.all("svg")) == 4
+    assert "beside its teacher" not in page.text
+
+
+def test_null_values_are_never_0_and_never_a_crash(record, save, tmp_path) -> None:
+    for entry in record["measurements"]:
+        entry |= dict.fromkeys(("throughput_per_s", "end_to_end_ms", "cpu_seconds_per_inference", "speedup_vs_teacher"))
+        if entry["graph"] == "int8":
+            entry["latency_ms"] = None
+    for entry in record["models"]:
+        if entry["graph"] == "int8":
+            entry |= dict.fromkeys(("model_bytes", "cold_start_ms", "agreement_with_teacher"))
+            entry["metrics"] = {"accuracy": None}
+    for entry in record["measurements"]:
+        if entry["graph"] == "int8":
+            entry |= dict.fromkeys(("model_bytes", "metric"))
+    record["artifact"] |= dict.fromkeys(("parity", "quantization", "metrics"))
+    record["versions"] = None
+    record["distillation"] |= {"first": None, "last": None, "marginals": [], "losses": None}
+    page = page_of(report([save(record)], out=tmp_path / "out"))
+    row = dict(zip(page.row("Model"), page.row("Student int8"), strict=True))
+    assert {row[name] for name in ("accuracy", "f1", "Of teacher", "p50", "p95", "Cold start", "Size")} == {
+        "not measured"
+    }
+    assert "Throughput" not in row
+    assert "no interval, no claim" in page.text
+    assert "Quantization and parity" not in page.text
+
+
+def test_almost_empty_record(empty, save, tmp_path) -> None:
+    page = page_of(report([save(empty)], out=tmp_path / "out"))
+    assert "On this unnamed device, no student was measured." in page.text
+    assert page.all("svg") == []
+
+
+def test_text_from_records_is_escaped(record, save, tmp_path) -> None:
+    evil = '<script>alert("1")</script>&$x$|`'
+    record["device"] |= {"name": evil, "cpu": evil}
+    record["artifact"]["labels"] = [evil, "b"]
+    record["artifact"]["task"] |= {"name": evil, "metrics": [evil]}
+    record["artifact"]["teacher"]["name"] = evil
+    record["artifact"]["quantization"]["trials"][0] |= {evil: evil}
+    record["artifact"]["parity"] = {evil: {evil: evil}}
+    record["versions"][evil] = evil
+    record["notes"] = [evil]
+    record["distillation"]["mapping"] = evil
+    for entry in record["models"]:
+        entry["metrics"] = {evil: 0.9}
+    path = report([save(record)], out=tmp_path / "out")
+    page = page_of(path)
+    assert page.all("script") == []
+    assert evil in page.text
+    assert "<script" not in path.with_name("report.md").read_text(encoding="utf-8")
+
+
+def test_several_devices_on_one_page(record, build, save, tmp_path) -> None:
+    other = build(seed=1, factor=7.0)
+    other["device"] |= {"name": "Raspberry Pi 5", "cpu": "Cortex-A76", "cores": 4, "isa": ["asimd", "asimddp"]}
+    path = report([save(record, "a.json"), save(other, "b.json")], out=tmp_path / "out")
+    page = page_of(path)
+    assert "On this 2-core AMD EPYC, " in page.text
+    assert "On this 4-core Cortex-A76, " in page.text
+    assert "measured 2026-03-04, on 2 devices." in page.text
+    assert page.row("CPU") == ["CPU", "AMD EPYC", "Cortex-A76"]
+    assert len(page.all("svg")) == 2 * 4 + 2 * 4  # the two distillations differ
+    assert len(json.loads(path.with_name("report.json").read_text(encoding="utf-8"))) == 2
+    assert "### Raspberry Pi 5" in path.with_name("report.md").read_text(encoding="utf-8")
+    assert path.stat().st_size < 1_000_000
+
+
+def test_one_distillation_is_drawn_once_for_several_devices(empty, record, save, tmp_path) -> None:
+    empty["distillation"] = record["distillation"]
+    paths = [save(empty | {"device": {"name": name}}, f"{name}.json") for name in ("a", "b")]
+    assert len(page_of(report(paths, out=tmp_path / "out")).all("svg")) == 4
+
+
+def test_foreign_folder_is_left_alone_unless_forced(empty, save, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine", encoding="utf-8")
+    path = save(empty)
+    with pytest.raises(ArtifactError, match=r"holds something else \(thesis\.txt\) and no report\.json"):
+        report([path], out=out)
+    assert [item.name for item in out.iterdir()] == ["thesis.txt"]
+    report([path], out=out, force=True)
+    assert (out / "index.html").is_file()
+
+
+def test_earlier_report_is_replaced(empty, save, tmp_path) -> None:
+    report([save(empty)], out=tmp_path / "out")
+    empty["device"]["cpu"] = "Another CPU"
+    path = report([save(empty)], out=tmp_path / "out")
+    assert "Another CPU" in path.read_text(encoding="utf-8")
+
+
+def test_refused_record_writes_nothing(empty, save, tmp_path) -> None:
+    with pytest.raises(ArtifactError):
+        report([save(empty | {"schema_version": 2})], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_matplotlib_names_the_extra(record, save, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(BertemdError, match=r"needs the 'report' extra \(matplotlib is not installed\)"):
+        report([save(record)], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from tiny_student import examples, labelled, tiny_model, torch_outputs
+
+from bertemd_deploy import gate
+from bertemd_deploy.bert_graph import portable_graph, torch_logits
+from bertemd_deploy.errors import GateError
+from bertemd_deploy.gate import Int8Search, check_parity, discard_rejected, measure_parity, parity_reference, score
+from bertemd_deploy.onnx_edit import save
+from bertemd_deploy.quantize import operators
+
+MODEL = tiny_model()
+
+
+@pytest.fixture(scope="module")
+def graph() -> onnx.ModelProto:
+    return portable_graph(MODEL, exporter="torchscript", opset=17)
+
+
+def reference(count: int = 40, *, classification: bool = True) -> gate.Reference:
+    return parity_reference(
+        examples(count), pad_id=0, classification=classification, logits=lambda batch: torch_logits(MODEL, batch)
+    )
+
+
+def shifted(graph: onnx.ModelProto, *, by: float) -> onnx.ModelProto:
+    """Return the graph with its classifier's bias moved by (`by`, 0)."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    name = copy.graph.node[-1].input[2]
+    for at, tensor in enumerate(copy.graph.initializer):
+        if tensor.name == name:
+            moved = numpy_helper.to_array(tensor) + np.array([by, 0], dtype=np.float32)
+            copy.graph.initializer[at].CopyFrom(numpy_helper.from_array(moved, name))
+    return copy
+
+
+def spoiled(graph: onnx.ModelProto, *, factor: float) -> onnx.ModelProto:
+    """Return an equal fp32 graph whose first feed-forward cannot be quantized well: a few huge weights, unused."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    node = next(node for node in copy.graph.node if node.name.endswith("layers.0/intermediate/MatMul"))
+    for at, tensor in enumerate(copy.graph.initializer):
+        if tensor.name == node.input[1]:
+            weight = numpy_helper.to_array(tensor).copy()
+            weight[:, :] = weight + 0
+            weight[0, :] = factor  # on every column, so that a scale per column does not help
+            copy.graph.initializer[at].CopyFrom(numpy_helper.from_array(weight, tensor.name))
+    return copy
+
+
+def search(graph: onnx.ModelProto, path: Path, *, max_drop: float, regression: bool = False) -> Int8Search:
+    save(graph, path)
+    part = labelled(MODEL, 80)
+    found = score(path, ["accuracy"], part=part, pad_id=0)
+    assert found is not None
+    return Int8Search(
+        graph,
+        fused=False,
+        metrics=["accuracy"],
+        reference=found["accuracy"],
+        max_drop=max_drop,
+        evaluation=part,
+        calibration=labelled(MODEL, 20, seed=1),
+        pad_id=0,
+    )
+
+
+def test_the_reference_mixes_lengths_and_has_single_rows() -> None:
+    batches = reference().batches
+    padded = [batch for batch in batches if len(batch["input_ids"]) > 1]
+    single = [batch for batch in batches if len(batch["input_ids"]) == 1]
+    assert all((batch["attention_mask"] == 0).any() for batch in padded)
+    assert sum(len(batch["input_ids"]) for batch in padded) == 40
+    assert len(single) == gate.SINGLE_ROWS
+
+
+def test_an_equal_graph_passes(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    save(graph, tmp_path / "model.onnx")
+    parity = measure_parity(tmp_path / "model.onnx", reference())
+    assert parity.beyond_tolerance == 0
+    assert parity.decision_agreement == 1
+    assert parity.inputs == 56
+    assert [1, 3] in parity.shapes
+    check_parity(parity, tmp_path / "model.onnx", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shifted_graph_is_rejected_and_kept(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    save(shifted(graph, by=0.031), path)
+    parity = measure_parity(path, reference())
+    with pytest.raises(GateError) as caught:
+        check_parity(parity, path, out=tmp_path / "out")
+    assert caught.value.exit_code == 4
+    assert "model.onnx differs from the torch student by 3.1e-02 on logits (allowed 1.0e-03, 56 of 56 inputs" in str(
+        caught.value
+    )
+    assert "Kept as model.rejected.onnx." in str(caught.value)
+    assert (tmp_path / "out/onnx/model.rejected.onnx").read_bytes() == path.read_bytes()
+    discard_rejected(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_logits_that_are_not_finite_miss_parity(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    save(shifted(graph, by=float("nan")), path)
+    parity = measure_parity(path, reference())
+    assert parity.max_abs_logit_difference is None
+    assert parity.beyond_tolerance == parity.inputs
+    with pytest.raises(GateError, match="not finite on logits"):
+        check_parity(parity, path, out=tmp_path)
+
+
+def test_regression_has_no_decisions(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    save(graph, tmp_path / "m.onnx")
+    assert measure_parity(tmp_path / "m.onnx", reference(classification=False)).decision_agreement is None
+
+
+def test_the_first_setting_that_keeps_the_accuracy_is_taken(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    found = search(graph, tmp_path / "m.onnx", max_drop=5).run(tmp_path / "q.onnx", out=tmp_path)
+    assert (found.per_channel, found.excluded, found.passed) == (False, [], True)
+    assert (tmp_path / "q.onnx").is_file()
+
+
+def test_the_operator_that_loses_the_accuracy_is_found_and_left_in_float(
+    graph: onnx.ModelProto, tmp_path: Path
+) -> None:
+    hard = search(spoiled(graph, factor=4000.0), tmp_path / "m.onnx", max_drop=0)
+    hard.evaluation = type(hard.evaluation)(hard.evaluation.examples, _decided(tmp_path / "m.onnx", hard))
+    hard.reference = 1.0
+    hard.max_drop = 3
+    found = hard.run(tmp_path / "model_quantized.onnx", out=tmp_path)
+    assert [trial.passed for trial in hard.trials] == [False] * (len(hard.trials) - 1) + [True]
+    assert [trial.per_channel for trial in hard.trials[:2]] == [False, True]
+    assert "/layers.0/intermediate/MatMul" in found.excluded
+    assert found.drop_points is not None
+    assert found.drop_points <= 3
+
+
+def _decided(path: Path, hard: Int8Search) -> np.ndarray:
+    from bertemd_deploy.runtime import open_session, predict_logits
+
+    return predict_logits(open_session(path), hard.evaluation.examples, pad_id=0).argmax(axis=-1)
+
+
+def test_no_setting_passes(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    impossible = search(graph, tmp_path / "m.onnx", max_drop=-1)
+    with pytest.raises(GateError) as caught:
+        impossible.run(tmp_path / "model_quantized.onnx", out=tmp_path / "out")
+    message = str(caught.value)
+    assert message.startswith(
+        "model_quantized.onnx loses too much accuracy against the fp32 student (1.0000; allowed -1"
+    )
+    assert "a scale per column with 4 operators in fp32" in message
+    assert "Kept as model_quantized.rejected.onnx" in message
+    assert (tmp_path / "out/onnx/model_quantized.rejected.onnx").is_file()
+    assert len(impossible.trials) == 2 + sum(count < len(operators(graph)) for count in gate.EXCLUSIONS)
+
+
+def test_outputs_that_are_not_finite_are_a_miss(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    broken = search(graph, tmp_path / "m.onnx", max_drop=100)
+    broken.model = shifted(graph, by=float("nan"))
+    with pytest.raises(GateError, match="outputs that are not finite"):
+        broken.run(tmp_path / "q.onnx", out=tmp_path / "out")
+    assert {trial.metric for trial in broken.trials} == {None}
+
+
+def test_torch_alone_and_graph_in_batches_agree(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    save(graph, tmp_path / "m.onnx")
+    from bertemd_deploy.runtime import open_session, predict_logits
+
+    found = predict_logits(open_session(tmp_path / "m.onnx"), examples(30), pad_id=0, batch_size=4)
+    np.testing.assert_allclose(found, torch_outputs(MODEL, examples(30)), atol=1e-4)
