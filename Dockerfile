@@ -22,7 +22,7 @@ RUN useradd --create-home --uid 10001 bertemd
 COPY --from=install-train /opt/bertemd /opt/bertemd
 COPY recipes /opt/bertemd/recipes
 ENV PATH=/opt/bertemd/bin:$PATH
-USER bertemd
+USER 10001
 WORKDIR /work
 ENTRYPOINT ["bertemd"]
 CMD ["--help"]
@@ -31,7 +31,7 @@ FROM python:3.12-slim AS runtime
 RUN useradd --create-home --uid 10001 bertemd
 COPY --from=install-runtime /opt/bertemd /opt/bertemd
 ENV PATH=/opt/bertemd/bin:$PATH
-USER bertemd
+USER 10001
 WORKDIR /work
 ENTRYPOINT ["bertemd"]
 CMD ["--help"]

@@ -6,6 +6,8 @@ not leave the folder and every file's SHA-256 is checked before use.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,19 +114,28 @@ class Artifact:
             ArtifactError: unknown or absent graph, or a damaged file.
         """
         present = self.graphs()
+        if not present:
+            raise ArtifactError(f"{self.folder / MANIFEST}: names no graph. Export the student again.")
         if name == "auto":
-            name = next((candidate for candidate in FASTEST_FIRST if candidate in present), "none")
+            name = next(candidate for candidate in FASTEST_FIRST if candidate in present)
         if name not in present:
             raise ArtifactError(f"{self.folder}: no graph {name!r}; this artifact has: {', '.join(present)}.")
         return name, self.file(GRAPHS[name])
 
     def evaluation(self) -> DataSlice:
         """Return the evaluation slice (dev examples, gold labels)."""
-        return read_slices(self.file(EVALUATION))["evaluation"]
+        return self._slice("evaluation")
 
     def calibration(self) -> DataSlice:
         """Return the calibration slice (train examples)."""
-        return read_slices(self.file(EVALUATION))["calibration"]
+        return self._slice("calibration")
+
+    def _slice(self, name: str) -> DataSlice:
+        path = self.file(EVALUATION)
+        slices = read_slices(path)
+        if name not in slices:
+            raise ArtifactError(f"{path}: holds no slice {name!r}, only {', '.join(slices) or 'none'}. Export again.")
+        return slices[name]
 
 
 def write_slices(path: Path, slices: dict[str, DataSlice]) -> None:
@@ -157,7 +168,7 @@ def read_slices(path: Path) -> dict[str, DataSlice]:
                 )
                 for name in names
             }
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(f"{path}: not a readable data slice ({error}). Export again.") from error
     for name, part in slices.items():
         if len(part.examples) != len(part.labels) or part.examples.offsets[-1] != len(part.examples.tokens):

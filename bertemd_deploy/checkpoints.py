@@ -133,9 +133,12 @@ def label_order(folder: Path, labels: Sequence[str]) -> list[int]:
 
 def _package_folder(spec: str) -> Path:
     name, _, below = spec.partition("/")
-    if not name.isidentifier() or ".." in Path(below).parts:
+    if not name.isidentifier() or ".." in Path(below).parts or Path(below).is_absolute():
         raise ModelError(f"package:{spec}: write it as package:IMPORT_NAME/sub/folder.")
-    found = importlib.util.find_spec(name)  # locates a top-level package without importing it
+    try:
+        found = importlib.util.find_spec(name)  # locates a top-level package without importing it
+    except ValueError:  # a module that is running, not installed
+        found = None
     if found is None or not found.submodule_search_locations:
         raise ModelError(
             f"package:{spec}: no installed package {name!r}. Install the package that carries the weights, "
@@ -154,6 +157,6 @@ def _hub_folder(spec: str) -> Path:
         return Path(snapshot_download(spec, allow_patterns=["*.json", "*.txt", WEIGHTS]))
     except Exception as error:  # the hub client raises many kinds; all mean that the model did not arrive
         raise ModelError(
-            f"{spec}: could not be fetched from the model hub ({str(error).strip().splitlines()[0][:160]}). "
+            f"{spec}: could not be fetched from the model hub ({(str(error).strip() or repr(error)).splitlines()[0][:160]}). "
             "Without a network, download the model elsewhere and name its folder instead."
         ) from error

@@ -109,6 +109,11 @@ class Classifier:
             raise ArtifactError(
                 f"graph {self.graph}: it answered with values that are not finite. Export the student again."
             )
+        if logits.shape[-1] != (len(self.labels) or 1):
+            raise ArtifactError(
+                f"graph {self.graph}: it has {logits.shape[-1]} outputs, the manifest names {len(self.labels)} labels "
+                f"({', '.join(self.labels) or 'regression'}). Export the student again."
+            )
         if not self.labels:
             yield from (Prediction(None, float(row[0]), {}) for row in logits)
             return

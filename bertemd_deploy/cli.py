@@ -166,8 +166,7 @@ def finetune(
 ) -> None:
     """Fine-tune a pretrained encoder into a task teacher."""
     from bertemd_deploy import pipeline
-    from bertemd_deploy.checkpoints import WEIGHTS, find_model
-    from bertemd_deploy.files import sha256_file
+    from bertemd_deploy.checkpoints import find_model
 
     given: dict[str, dict[str, Any]] = {
         "teacher": {"model": model, "epochs": epochs, "seed": seed, "finetune": "always"},
@@ -177,12 +176,7 @@ def finetune(
     recipe = _recipe(None, given, set_)
     loaded, max_length = pipeline.load_recipe_data(recipe.data)
     folder = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
-    inputs = {
-        "data": loaded.sha256,
-        "max_length": max_length,
-        "weights": sha256_file(folder / WEIGHTS),
-        "teacher": dataclasses.asdict(recipe.teacher),
-    }
+    inputs = pipeline.finetune_inputs(recipe, folder, {"data": loaded.sha256, "max_length": max_length})
     record = pipeline.stand_alone(
         "finetune",
         out,
@@ -266,7 +260,11 @@ def evaluate(
     """Print the task's metrics of a model on the dev split."""
     from bertemd_deploy.artifact import MANIFEST
 
-    given: dict[str, dict[str, Any]] = {"teacher": {"model": str(model)}, "data": {"path": data, "task": task}, "student": {"name": "4L"}}
+    given: dict[str, dict[str, Any]] = {
+        "teacher": {"model": str(model)},
+        "data": {"path": data, "task": task},
+        "student": {"name": "4L"},
+    }
     settings = _recipe(None, given, set_).data
     if (model / MANIFEST).exists():
         from bertemd_deploy.classifier import evaluate_artifact
@@ -332,7 +330,11 @@ def bench(
     """Measure latency, memory and accuracy of an artifact against its teacher on this machine."""
     from bertemd_deploy.bench.compare import bench as measure
 
-    given: dict[str, dict[str, Any]] = {"teacher": {"model": str(teacher or artifact)}, "data": {"path": "demo"}, "student": {"name": "4L"}}
+    given: dict[str, dict[str, Any]] = {
+        "teacher": {"model": str(teacher or artifact)},
+        "data": {"path": "demo"},
+        "student": {"name": "4L"},
+    }
     settings = _recipe(None, given, set_).bench
     folder = None
     if teacher is not None:

@@ -186,7 +186,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
@@ -201,6 +201,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no key of a recipe; SafeLoader refuses it below
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
@@ -209,9 +211,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: a text that looks like a number, such as 1e5, is quoted."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _parse_yaml(text: str, *, where: str) -> Any:
@@ -221,6 +228,8 @@ def _parse_yaml(text: str, *, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{where}:{line} not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    except ValueError as error:  # a scalar that only looks like a date or number, such as 2020-13-01
+        raise RecipeError(f"{where}: not valid YAML ({error}); put quotes around such a text.") from error
 
 
 def load_recipe(path: Path, *, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -336,12 +345,12 @@ def _convert(value: Any, hint: Any) -> Any:
         raise ValueError(f"found {_describe(value)}, allowed: {' or '.join(map(_type_name, arguments))}")
     if origin is tuple:
         if not isinstance(value, list | tuple) or not value:
-            raise ValueError(f"found {_describe(value)}, allowed: a list of {_type_name(arguments[0])}")
+            raise ValueError(f"found {_describe(value)}, allowed: {_type_name(hint)}")
         items = tuple(_convert(item, arguments[0]) for item in value)
         if any(isinstance(item, int) and item < 1 for item in items):
             raise ValueError(f"found {list(items)}, allowed: numbers from 1")
         return items
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ValueError(f"found {_describe(value)}, allowed: {_type_name(hint)}")
@@ -367,6 +376,8 @@ def _type_name(hint: Any) -> str:
         return ", ".join(repr(item) for item in typing.get_args(hint))
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(map(_type_name, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_type_name(typing.get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
     return names.get(hint, str(hint))
 

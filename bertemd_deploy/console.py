@@ -9,10 +9,12 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+_drawn: ContextVar[Progress | None] = ContextVar("drawn", default=None)
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -36,6 +38,11 @@ class Task:
         self._started = time.monotonic()
         self._id = progress.add_task(name, total=total, detail="") if progress else None
 
+    def remove(self) -> None:
+        """Take the bar off the screen."""
+        if self._progress is not None and self._id is not None:
+            self._progress.remove_task(self._id)
+
     def advance(self, steps: int = 1, *, tokens: int = 0, detail: str = "") -> None:
         """Move the bar by `steps`; add `tokens` to the rate; show `detail` (a loss, a model) at its end."""
         if self._progress is None or self._id is None:
@@ -49,9 +56,20 @@ class Task:
 
 @contextlib.contextmanager
 def progress(name: str, total: int) -> Iterator[Task]:
-    """Yield a bar over `total` steps with time elapsed and left; draws nothing when stderr is no terminal."""
+    """Yield a bar over `total` steps with time elapsed and left; draws nothing when stderr is no terminal.
+
+    Inside another bar (an evaluation inside training) the new one is drawn below it and vanishes at its end.
+    """
     if not sys.stderr.isatty():
         yield Task(None, name, total)
+        return
+    outer = _drawn.get()
+    if outer is not None:
+        task = Task(outer, name, total)
+        try:
+            yield task
+        finally:
+            task.remove()
         return
     columns = (
         TextColumn("{task.description}"),
@@ -62,4 +80,8 @@ def progress(name: str, total: int) -> Iterator[Task]:
         TextColumn("{task.fields[detail]}"),
     )
     with Progress(*columns, console=_console) as bars:
-        yield Task(bars, name, total)
+        token = _drawn.set(bars)
+        try:
+            yield Task(bars, name, total)
+        finally:
+            _drawn.reset(token)

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +220,8 @@ def _read_split(folder: Path, split: str, columns: tuple[tuple[str, str | None],
     for where, record in records:
         row = tuple(record.get(column) for column in (first, label, *([second] if second else [])))
         for column, value in zip((first, label, second), row, strict=False):
-            if value is None:
+            # A text may be empty (QQP has such questions), a label not: it would become a class of its own.
+            if value is None or value != value or (column == label and not str(value).strip()):
                 raise DataError(f"{where}: nothing in column {column!r}.")
         kept.append(tuple("" if value is None else str(value) for value in row))
     return _Rows(
@@ -237,6 +239,9 @@ def _find_columns(
         raise DataError(f"{where}: no column {label!r}; found: {', '.join(present)}. Name yours in data.label.")
     for first, second in sorted(allowed, key=lambda pair: pair[1] is None):
         if first in present and (second is None or second in present):
+            twice = [name for name in (first, second, label) if name is not None and list(present).count(name) > 1]
+            if twice:
+                raise DataError(f"{where}: the column {twice[0]!r} is there twice. Rename or remove one of them.")
             return first, second
     wanted = " or ".join(", ".join(filter(None, pair)) for pair in allowed)
     raise DataError(
@@ -325,7 +330,7 @@ def _read_parquet(path: Path) -> _Records:
 
 def _sorted_names(labels: Sequence[str]) -> tuple[str, ...]:
     names = set(labels)
-    if all(name.lstrip("-").isdigit() for name in names):
+    if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))
 

@@ -65,11 +65,11 @@ class Distiller(nn.Module):
     def __init__(
         self, student: nn.Module, *, student_hidden: int, teacher_hidden: int, project: bool, seed: int
     ) -> None:
-        """Add W (H_student x H_teacher, shared by every layer and the embedding); the identity where widths agree."""
+        """With `project`, add W (H_student x H_teacher, shared by all layers and the embedding; identity at equal width)."""
         super().__init__()
         self.student = student
         self.projection: nn.Linear | None = None
-        if project or student_hidden != teacher_hidden:
+        if project:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self.projection = nn.Linear(student_hidden, teacher_hidden, bias=False)
@@ -93,7 +93,7 @@ def distill(
     checkpoints: Path,
     log: Path,
     teacher_name: str,
-    beside: Callable[[Path], None] | None = None,
+    beside: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Distil the teacher into a student and save it to `out`.
 
@@ -106,7 +106,7 @@ def distill(
         out: student folder: Hugging Face files, `bertemd_student.json`, `eval.npz`.
         checkpoints: resumable state; continued when present.
         teacher_name: what the teacher is called in the artifact.
-        beside: called with the new student folder before it appears, to write more files into it.
+        beside: called with the new student folder before it appears, and the record, to write more files into it.
         log: `distill.jsonl`: losses, flows, marginals, learning rate, tokens/s of every logging step.
 
     Returns:
@@ -188,15 +188,17 @@ def distill(
         "distillation": summary,
     }
 
+    record = {"metrics": metrics} | {key: value for key, value in summary.items() if not isinstance(value, dict | list)}
+
     def write_beside(folder: Path) -> None:
         with new_file(folder / SLICES) as partial:
             write_slices(partial, {"evaluation": dev, "calibration": calibration})
         write_json(folder / FACTS, facts)
         if beside is not None:
-            beside(folder)
+            beside(folder, record)
 
     save_model(trained.student, out, tokenizer_from=teacher_folder, beside=write_beside)
-    return {"metrics": metrics} | {key: value for key, value in summary.items() if not isinstance(value, dict | list)}
+    return record
 
 
 def _make_student(
@@ -209,13 +211,9 @@ def _make_student(
     if start not in ("teacher", "random"):
         _check_same_tokens(find_model(start), encoder)
     model, told = build_student(teacher, shape=shape, init=student.init, seed=settings.seed)
-    trained = Distiller(
-        model,
-        student_hidden=int(shape.hidden or 0),
-        teacher_hidden=int(source.hidden_size),
-        project=settings.hidden_projection and settings.mapping != "none",
-        seed=settings.seed,
-    )
+    widths = {"student_hidden": int(shape.hidden or 0), "teacher_hidden": int(source.hidden_size)}
+    needed = settings.hidden_projection or widths["student_hidden"] != widths["teacher_hidden"]
+    trained = Distiller(model, **widths, project=needed and settings.mapping != "none", seed=settings.seed)
     if shape.heads != source.num_attention_heads and settings.mapping != "none":
         warn(
             f"heads differ (teacher {source.num_attention_heads}, student {shape.heads}): "

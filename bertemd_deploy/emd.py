@@ -55,6 +55,7 @@ def hidden_cost(teacher: Tensor, student: Tensor, *, mask: Tensor) -> Tensor:
             f"hidden_cost: teacher {tuple(teacher.shape)}, student {tuple(student.shape)} and mask {tuple(mask.shape)} "
             "should agree in batch, tokens and width."
         )
+    _check_mask(mask)
     elements = _real(int(mask.sum())) * teacher.shape[-1]
     x = teacher[:, mask].flatten(1)
     y = student[:, mask].flatten(1)
@@ -223,6 +224,11 @@ def _exact_flow(cost: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np
     return np.asarray(flow, dtype=np.float64)
 
 
+def _check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:  # ones and zeros would pick rows 1 and 0 instead of masking
+        raise EmdError(f"the mask should be bool, found {mask.dtype}. Pass attention_mask.bool().")
+
+
 def _real(count: int) -> int:
     if count == 0:
         raise EmdError("the mask marks no real token; a cost over nothing is not defined.")
@@ -240,6 +246,7 @@ def _scaled_heads(query: Tensor, key: Tensor, mask: Tensor) -> tuple[Tensor, Ten
         raise EmdError(
             f"attention_cost: query {tuple(query.shape)}, key {tuple(key.shape)} and mask {tuple(mask.shape)} do not fit."
         )
+    _check_mask(mask)
     real = mask[None, :, None, :, None]
     scale = 1.0 / math.sqrt(query.shape[-1])
     return query.float().masked_fill(~real, 0.0) * scale, key.float().masked_fill(~real, 0.0)

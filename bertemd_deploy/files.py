@@ -1,7 +1,9 @@
 """Files that appear whole or not at all, and the hashes that name them.
 
 Every file or folder a user keeps is written under a temporary name beside its destination, flushed to disk and renamed.
-A killed process or a full disk leaves the destination as it was; `discard_partial` removes what a killed one left.
+A killed process or a full disk leaves the destination as it was. A folder is replaced by two renames; one killed between
+them leaves the old folder under its `.previous-` name, and the next `claim_folder` or `new_folder` puts it back. What else
+a killed process left is removed then too: one destination has one writer at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -19,6 +22,8 @@ from typing import Any
 from bertemd_deploy.errors import ArtifactError
 
 PARTIAL = ".partial-"
+PREVIOUS = ".previous-"
+_OURS = re.compile(rf"({re.escape(PARTIAL)}|{re.escape(PREVIOUS)})[0-9a-f]{{8}}-(.+)", re.DOTALL)
 
 
 def sha256_file(path: Path) -> str:
@@ -53,7 +58,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: the operating system refused a write (full disk, no permission); `path` is unchanged.
     """
-    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
+    partial = _beside(path, PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -63,36 +68,44 @@ def new_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the parent may be no folder; the error above says so
+            partial.unlink()
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; when the block ends without error, rename it to `folder`.
 
-    An existing `folder` is replaced whole at the end, so a reader sees the old content or the new, never a mixture.
+    An existing `folder` is replaced whole at the end, so a reader sees the old content or the new, never a mixture. What
+    a killed process left of an earlier attempt is put back or removed first.
 
     Raises:
-        ArtifactError: the operating system refused a write; `folder` is unchanged.
+        ArtifactError: the operating system refused a write, or `folder` cannot be renamed ("." or a mount point);
+            `folder` is unchanged.
     """
-    partial = folder.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{folder.name}")
-    old = partial.with_name(partial.name + "-old")
+    folder = folder.resolve() if folder.is_symlink() else folder
+    if folder.name in ("", "..") or folder.is_mount():
+        raise ArtifactError(
+            f"{folder}: is the current folder, a parent or a mount point and cannot be replaced whole. "
+            "Name a folder below it, as in --out OUT/NAME."
+        )
+    partial, previous = _beside(folder, PARTIAL), _beside(folder, PREVIOUS)
     try:
+        _recover(folder.parent, only=folder.name)
         partial.mkdir(parents=True)
         yield partial
         for path in sorted(partial.rglob("*")):
             _sync(path)
         if folder.exists():
-            folder.replace(old)
+            folder.replace(previous)
         partial.replace(folder)
         _sync(folder.parent)
     except OSError as error:
-        if old.exists() and not folder.exists():
-            old.replace(folder)
         raise write_error(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if previous.exists():
+            _put_back(previous, folder)
 
 
 def write_error(path: Path, error: OSError) -> ArtifactError:
@@ -105,12 +118,36 @@ def write_error(path: Path, error: OSError) -> ArtifactError:
 
 
 def discard_partial(folder: Path) -> None:
-    """Remove temporary files and folders that a killed process left directly in `folder`."""
-    for path in folder.glob(f"{PARTIAL}*"):
-        if path.is_dir():
+    """Mend what a killed process left directly in `folder`: temporary names go, a folder lost between renames returns."""
+    _recover(folder)
+
+
+def _beside(path: Path, prefix: str) -> Path:
+    return path.with_name(f"{prefix}{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def _recover(parent: Path, *, only: str | None = None) -> None:
+    """Put back or remove our temporary names in `parent`, of every destination or of the one named `only`."""
+    if not parent.is_dir():
+        return
+    for path in sorted(parent.iterdir()):
+        ours = _OURS.fullmatch(path.name)
+        if ours is None or only not in (None, ours[2]):
+            continue
+        if ours[1] == PREVIOUS:
+            _put_back(path, parent / ours[2])
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _put_back(previous: Path, folder: Path) -> None:
+    """Rename a replaced folder back where nothing took its place; remove it otherwise."""
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    else:
+        previous.replace(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -172,16 +209,17 @@ def claim_folder(folder: Path, *, marker: str, force: bool) -> None:
     Raises:
         ArtifactError: `folder` is a file, or holds something else and `force` is not set.
     """
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder}: is a file; --out needs a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists() and not force:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
-        raise ArtifactError(
-            f"{folder}: holds something else ({found}) and no {marker}. "
-            "Choose an empty or new folder, or add --force to write there all the same."
-        )
     try:
+        _recover(folder.parent, only=folder.name)
         folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name))
+        if found and marker not in found and not force:
+            raise ArtifactError(
+                f"{folder}: holds something else ({', '.join(found[:4])}) and no {marker}. "
+                "Choose an empty or new folder, or add --force to write there all the same."
+            )
+        discard_partial(folder)
     except OSError as error:
         raise write_error(folder, error) from error
-    discard_partial(folder)

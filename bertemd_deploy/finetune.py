@@ -27,7 +27,7 @@ def finetune(
     out: Path,
     checkpoints: Path,
     log: Path,
-    beside: Callable[[Path], None] | None = None,
+    beside: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the encoder in `model_folder` on `data` and save the best epoch to `out` as a Hugging Face folder.
 
@@ -39,7 +39,7 @@ def finetune(
         out: folder of the teacher.
         checkpoints: resumable state; continued when present, removed at the end.
         log: JSON-lines training log.
-        beside: called with the new teacher folder before it appears, to write more files into it.
+        beside: called with the new teacher folder before it appears, and the record, to write more files into it.
 
     Returns:
         The record: dev metrics of the best epoch, epochs, steps, rows.
@@ -81,8 +81,7 @@ def finetune(
         log=log,
         name=f"finetune {model_folder.name}",
     )
-    save_model(model, out, tokenizer_from=model_folder, beside=beside)
-    return {
+    record = {
         "metrics": done.epochs[done.best_epoch - 1],
         "best_epoch": done.best_epoch,
         "epochs": settings.epochs,
@@ -90,3 +89,10 @@ def finetune(
         "rows": len(train.labels),
         "model": model_folder.name,
     }
+    save_model(
+        model,
+        out,
+        tokenizer_from=model_folder,
+        beside=None if beside is None else lambda folder: beside(folder, record),
+    )
+    return record

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 from bertemd_deploy.errors import ExportError
-from bertemd_deploy.onnx_edit import MICROSOFT, Editor, attribute, save, tidy
+from bertemd_deploy.onnx_edit import MICROSOFT, Editor, attribute, declare_microsoft, save, tidy
 
 _LAYER_NORM_EPSILON = 1e-12  # what ONNX Runtime takes where its fused operators carry none
 
@@ -82,6 +82,7 @@ def optimize(model: onnx.ModelProto, *, heads: int, hidden: int) -> onnx.ModelPr
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
     result: onnx.ModelProto = optimized.model
+    declare_microsoft(result)
     return result
 
 

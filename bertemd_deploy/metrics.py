@@ -46,6 +46,8 @@ def matthews(logits: Array, labels: Labels) -> float:
 
 
 def _correlation(left: Array, right: Array) -> float:
+    if np.ptp(left) == 0 or np.ptp(right) == 0:  # a mean rounds: a constant minus its mean need not be 0
+        return 0.0
     left, right = left - left.mean(), right - right.mean()
     spread = float(np.sqrt((left @ left) * (right @ right)))
     return float(left @ right) / spread if spread > 0 else 0.0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bertemd_deploy.checkpoints import WEIGHTS, check_folder, find_model
@@ -96,15 +97,17 @@ def load_classifier(folder: Path, *, labels: Sequence[str], new_head: bool = Fal
     except Exception as error:  # safetensors and transformers raise many kinds for a damaged folder
         raise ModelError(f"{folder}: could not be loaded ({str(error).strip().splitlines()[0][:200]}).") from error
     absent = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
-    allowed = ("classifier.", "bert.pooler.") if new_head else ()
-    lost = [name for name in absent if not name.startswith(allowed)] if allowed else absent
+    lost = [name for name in absent if not name.startswith(("classifier.", "bert.pooler."))]
     if lost:
         raise ModelError(
             f"{folder}: {len(lost)} weight(s) are missing from {WEIGHTS} and would be random: {', '.join(lost[:4])}"
             f"{', …' if len(lost) > 4 else ''}. The checkpoint does not hold this model."
         )
     if absent and not new_head:
-        raise ModelError(f"{folder}: no classification head. Fine-tune it first (teacher.finetune: auto).")
+        raise ModelError(
+            f"{folder}: no classification head ({', '.join(absent)} missing). Fine-tune it first: `bertemd finetune`, "
+            "or teacher.finetune: auto in a recipe."
+        )
     if model.config.num_labels != outputs:
         raise ModelError(
             f"{folder}: the model has {model.config.num_labels} outputs ({_names(config)}), the data needs {outputs} "
@@ -254,10 +257,16 @@ def save_model(
         out: folder to write; replaced if it exists.
         tokenizer_from: folder whose tokenizer files are copied.
         beside: called with the temporary folder, to write more files into it before it appears.
+
+    Raises:
+        ArtifactError: the operating system refused a write (full disk); `out` is as it was.
     """
     with new_folder(out) as partial:
-        with quiet_transformers():
-            model.save_pretrained(partial, safe_serialization=True)  # type: ignore[operator]
+        try:
+            with quiet_transformers():
+                model.save_pretrained(partial, safe_serialization=True)  # type: ignore[operator]
+        except SafetensorError as error:  # how the Rust side reports a full disk
+            raise OSError(str(error)) from error
         for name in TOKENIZER_FILES:
             if (tokenizer_from / name).is_file():
                 shutil.copyfile(tokenizer_from / name, partial / name)

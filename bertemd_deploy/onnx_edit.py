@@ -139,7 +139,6 @@ def tidy(model: onnx.ModelProto, *, opset: int) -> None:
         node.doc_string = ""
         del node.metadata_props[:]
     del graph.metadata_props[:]
-    del model.metadata_props[:]
     del model.functions[:]
     model.ir_version = IR_VERSIONS[opset]
     model.producer_name, model.producer_version, model.doc_string = "bertemd-deploy", "", ""
@@ -193,6 +192,12 @@ def _drop_dead(graph: onnx.GraphProto) -> None:
     graph.node.extend(reversed(nodes))
     del graph.initializer[:]
     graph.initializer.extend(initializers)
+
+
+def declare_microsoft(model: onnx.ModelProto) -> None:
+    """Import the domain of ONNX Runtime's own operators, without which a graph that uses them is not valid."""
+    if MICROSOFT not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
 
 
 def histogram(model: onnx.ModelProto) -> dict[str, int]:

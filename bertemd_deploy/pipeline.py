@@ -6,6 +6,7 @@ the same inputs is skipped, a changed one is done again, a killed one continues 
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from typing import Any
 
 from bertemd_deploy import __version__
 from bertemd_deploy.checkpoints import WEIGHTS, find_model, has_head
-from bertemd_deploy.config import DataSettings, DistillSettings, Recipe
+from bertemd_deploy.config import DataSettings, DistillSettings, Recipe, TeacherSettings
 from bertemd_deploy.console import note
 from bertemd_deploy.data import Dataset, load_data
 from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError
-from bertemd_deploy.files import claim_folder, read_json, sha256_file, sha256_json, write_json, write_text
+from bertemd_deploy.files import PARTIAL, claim_folder, read_json, sha256_file, sha256_json, write_json, write_text
 
 STATE = "state.json"
 STAGE = "stage.json"
@@ -146,17 +147,17 @@ def stand_alone(
         out: the model folder to be; holds checkpoints and log while it trains.
         inputs: everything the result depends on.
         force: start over whatever is there.
-        train: called with (work, beside=...), returns the record.
+        train: called with (work, beside=...), returns the record; what `beside` writes appears together with the model.
 
     Raises:
         ArtifactError: `out` holds something else, or the same stage with other inputs.
     """
     digest = sha256_json(inputs)
     marker = out / STAGE
+    claim_folder(out, marker=STAGE, force=force)
     if force:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         marker.unlink(missing_ok=True)
-    claim_folder(out, marker=STAGE, force=force)
     if marker.exists():
         state = read_json(marker, what="stage record")
         if state.get("inputs") != digest:
@@ -164,7 +165,7 @@ def stand_alone(
                 f"{out}: holds a {state.get('stage')} of other inputs ({_changed(state.get('given'), inputs)}). "
                 "Choose another --out, or add --force to start over."
             )
-        if state.get("status") == "done":
+        if state.get("status") == "done" and (out / WEIGHTS).is_file():
             note(f"{name}: {out} is finished and its inputs are the same; nothing to do")
             return dict(state["record"])
     header = {"stage": name, "inputs": digest, "given": inputs, "version": __version__}
@@ -173,12 +174,23 @@ def stand_alone(
     if not work.checkpoints.exists():
         work.log.unlink(missing_ok=True)
 
-    def beside(folder: Path) -> None:
+    def beside(folder: Path, record: dict[str, Any]) -> None:
         shutil.copyfile(work.log, folder / work.log.name)
+        write_json(folder / STAGE, header | {"status": "done", "record": record})
+        _keep_foreign(out, folder, ours=(STAGE, work.checkpoints.name))
 
-    record = train(work, beside=beside)
-    write_json(marker, header | {"status": "done", "record": record})
-    return record
+    return train(work, beside=beside)
+
+
+def _keep_foreign(old: Path, new: Path, *, ours: tuple[str, ...]) -> None:
+    """Link what a person put into `old` into `new`, the folder about to replace it."""
+    for path in old.iterdir():
+        if path.name in ours or path.name.startswith(PARTIAL) or (new / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=os.link)
+        else:
+            os.link(path, new / path.name, follow_symlinks=False)
 
 
 def run(
@@ -190,7 +202,7 @@ def run(
         recipe: resolved recipe.
         out: run folder.
         from_stage: do this stage and the later ones again.
-        force: use a folder that holds something else.
+        force: use a folder that holds something else, and start over (`from_stage` says where, if given).
         stop_after: last stage to run.
 
     Returns:
@@ -213,6 +225,8 @@ class _Run:
             self.state = read_json(out / STATE, what="run state")
         if from_stage is not None:
             self._forget(from_stage)
+        elif force:
+            self._forget(STAGES[0])
         write_text(out / "recipe.yaml", recipe.to_yaml())
         self._save()
 
@@ -273,7 +287,7 @@ class _Run:
         teacher = source
         if needs_finetuning(recipe, source):
             teacher = out / "teacher"
-            inputs = shared | {"weights": sha256_file(source / WEIGHTS), "teacher": asdict(recipe.teacher)}
+            inputs = finetune_inputs(recipe, source, shared)
             work = Work(teacher, out / "checkpoints" / "finetune", out / "finetune.jsonl")
             records["finetune"] = self._stage(
                 "finetune", inputs, teacher / WEIGHTS, lambda: finetune_stage(recipe, data, max_length, work)
@@ -331,6 +345,12 @@ class _Run:
 
         records["report"] = self._stage("report", inputs, place / "index.html", write_report)
         return records | {"artifact": str(artifact), "page": str(place / "index.html")}
+
+
+def finetune_inputs(recipe: Recipe, folder: Path, shared: dict[str, Any]) -> dict[str, Any]:
+    """Return everything a fine-tuned teacher depends on; how often to save is not part of it."""
+    settings = replace(recipe.teacher, checkpoint_seconds=TeacherSettings().checkpoint_seconds)
+    return shared | {"weights": sha256_file(folder / WEIGHTS), "teacher": asdict(settings)}
 
 
 def distill_inputs(recipe: Recipe, teacher: Path, shared: dict[str, Any]) -> dict[str, Any]:

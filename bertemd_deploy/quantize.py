@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from bertemd_deploy.errors import ExportError
-from bertemd_deploy.onnx_edit import MICROSOFT, Editor, attribute, tidy
+from bertemd_deploy.onnx_edit import MICROSOFT, Editor, attribute, declare_microsoft, tidy
 
 ACTIVATION_TYPE = "uint8"
 WEIGHT_TYPE = "int8"
@@ -59,7 +59,7 @@ def quantize(
     result.CopyFrom(model)
     editor = Editor(result)
     if fused:
-        _declare_microsoft(result)
+        declare_microsoft(result)
     quantized_inputs: dict[str, list[str]] = {}
     absorbed: set[str] = set()
 
@@ -183,11 +183,6 @@ def _table(editor: Editor, node: onnx.NodeProto, table: NDArray[np.float32]) -> 
             (rows,) = editor.emit("Cast", [rows], name=f"{name}/{part}/cast", to=onnx.TensorProto.FLOAT)
         found.append(rows)
     editor.emit("Mul", found, name=f"{name}/rescale", outputs=list(node.output))
-
-
-def _declare_microsoft(model: onnx.ModelProto) -> None:
-    if MICROSOFT not in {entry.domain for entry in model.opset_import}:
-        model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
 
 
 def _check(model: onnx.ModelProto) -> None:

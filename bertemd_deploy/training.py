@@ -132,7 +132,7 @@ def fit(
     checkpoints.mkdir(parents=True, exist_ok=True)
     discard_partial(checkpoints)
     done = _resume(checkpoints, model, optimizer, extra, name=name)
-    _trim_log(log, done.step)
+    _trim_log(log, done)
     labels = torch.from_numpy(data.labels)
     saved = started = time.monotonic()
     before = done.seconds
@@ -165,7 +165,9 @@ def fit(
             _finish_epoch(model, evaluate, metric, done, checkpoints, log)
             _save(checkpoints, model, optimizer, extra, done)
             saved = time.monotonic()
-    _load_weights(model, checkpoints / "best.safetensors")
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+    _load_best(model, checkpoints / "best.safetensors")
     model.eval()
     return done
 
@@ -234,10 +236,11 @@ def to_tensors(inputs: Mapping[str, NDArray[np.int64]]) -> dict[str, Tensor]:
 def torch_logits(model: nn.Module, examples: Encoded, *, pad_id: int, batch_size: int = 64) -> NDArray[np.float32]:
     """Return (n, outputs) float32 logits of all `examples`, in their order, run in batches of like length."""
     logits = np.empty((len(examples), int(model.config.num_labels)), dtype=np.float32)  # type: ignore[union-attr, arg-type]
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("evaluate", len(examples)) as bar:
         for rows in length_batches(examples.lengths, batch_size=batch_size):
             inputs = to_tensors(examples.batch(rows, pad_id=pad_id))
             logits[rows] = model(**inputs).logits.float().numpy()
+            bar.advance(len(rows), tokens=int(inputs["attention_mask"].sum()))
     return logits
 
 
@@ -254,7 +257,7 @@ def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extr
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, value in model.named_parameters():
         tensors |= {f"optimizer.{key}.{name}": item for key, item in optimizer.state.get(value, {}).items()}
-    tensors |= {f"extra.{name}": value for name, value in extra.state().items()}
+    tensors |= {f"extra.{name}": value.clone() for name, value in extra.state().items()}  # may share memory, a file may not
     path = folder / f"step-{done.step:08d}.safetensors"
     _write_tensors(path, tensors, metadata={"progress": json.dumps(vars(done))})
     for old in folder.glob("step-*.safetensors"):
@@ -277,33 +280,40 @@ def _resume(
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - no mapping
         model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
         for parameter_name, value in model.named_parameters():
-            optimizer.state[value] = {
-                key: tensors[f"optimizer.{key}.{parameter_name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            if any(f"optimizer.{key}.{parameter_name}" in tensors for key in keys):  # no gradient, no state
+                optimizer.state[value] = {key: tensors[f"optimizer.{key}.{parameter_name}"] for key in keys}
         extra.load_state({key[6:]: value for key, value in tensors.items() if key.startswith("extra.")})
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        raise TrainingError(
-            f"{found[-1]}: the checkpoint cannot be continued ({str(error).splitlines()[0][:160]}). "
-            "Add --force to start over."
-        ) from error
+        raise _damaged(found[-1], error) from error
     note(f"{name}: continuing after step {done.step:,} ({found[-1].name})")
     return done
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with new_file(path) as partial:
         try:
             save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata=metadata)
-        except Exception as error:  # the Rust side reports a full disk as its own error type
-            raise write_error(path, error if isinstance(error, OSError) else OSError(str(error))) from error
+        except SafetensorError as error:  # how the Rust side reports a full disk
+            raise OSError(str(error)) from error
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_best(model: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(path))
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> TrainingError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return TrainingError(f"{path}: the checkpoint cannot be continued ({reason}). Add --force to start over.")
 
 
 def _append_log(path: Path, line: Mapping[str, Any]) -> None:
@@ -315,14 +325,16 @@ def _append_log(path: Path, line: Mapping[str, Any]) -> None:
         raise write_error(path, error) from error
 
 
-def _trim_log(path: Path, step: int) -> None:
-    """Keep the lines of a log up to `step`: what a killed run logged after its last checkpoint is done again."""
+def _trim_log(path: Path, done: Progress) -> None:
+    """Keep a log's lines up to where `done` stands: what a killed run logged after its last checkpoint is done again."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            again = entry["epoch"] > len(done.epochs) if "dev" in entry else entry["step"] > done.step
+            if not again:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             break  # the line being written when the process was killed

@@ -26,9 +26,10 @@ from bertemd_deploy.config import BenchSettings
 
 COLD_STARTS = 3
 COLD_SEQUENCE = 32
-SETTLE_SECONDS = 0.01  # before a turn: OpenMP threads of the model before spin on for some milliseconds
+SETTLE_SECONDS = 0.005  # before a turn: OpenMP threads of the model before spin on for some milliseconds
+WARM_UP_SHARE = 3  # the warm-up may take a third of what the timing takes
 LEAST_CALLS = 3
-LEAST_REQUESTS = 4
+LEAST_REPLAYED = 4  # rows a round, for a mixture of lengths; and two requests
 MOST_CALLS = 2000  # in a round; bounds the record's size for a model of microseconds
 DISTURBANCE = 0.2  # CPUs that other programs may take of those a cell needs before its speed-ups are not claimed
 
@@ -168,13 +169,13 @@ def _time_cell(
     timings = []
     for worker in workers:
         time.sleep(SETTLE_SECONDS)
-        warm = worker.request("warm", seconds=settings.seconds_per_cell / 2, count=WINDOW, **fields)
+        warm = worker.request("warm", seconds=settings.seconds_per_cell / WARM_UP_SHARE, count=WINDOW, **fields)
         timings.append(Timing(warm, [], 0.0))
     seconds = settings.seconds_per_cell / settings.rounds
     medians = [timing.warm_up["median_ms"] for timing in timings]
     counts = [calls_per_round(median_ms, seconds=seconds) for median_ms in medians]
     if cell.sequence == REPLAY:
-        counts = [requests_per_round(medians, seconds=seconds)] * len(workers)
+        counts = [requests_per_round(medians, batch=cell.batch, seconds=seconds)] * len(workers)
     for number in range(settings.rounds):
         for at in generator.permutation(len(workers)):
             time.sleep(SETTLE_SECONDS)
@@ -192,9 +193,10 @@ def calls_per_round(median_ms: float, *, seconds: float) -> int:
     return 1 if fitting < 1 else int(np.clip(fitting, LEAST_CALLS, MOST_CALLS))
 
 
-def requests_per_round(medians_ms: Sequence[float], *, seconds: float) -> int:
+def requests_per_round(medians_ms: Sequence[float], *, batch: int, seconds: float) -> int:
     """Return how many replayed requests each model runs in a round.
 
-    The same for all, so that all run the same lengths: as many as the slowest does in `seconds`, but at least 4.
+    The same for all, so that all run the same lengths: as many as the slowest does in `seconds`, but at least 4 rows
+    and 2 requests.
     """
-    return int(np.clip(1000 * seconds / max(medians_ms), LEAST_REQUESTS, MOST_CALLS))
+    return int(np.clip(1000 * seconds / max(medians_ms), max(2, LEAST_REPLAYED // batch), MOST_CALLS))

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
 from bertemd_deploy.errors import BertemdError, ModelError
 
@@ -184,7 +184,9 @@ class Session:
                 logits[row] = values
         return {"logits": logits}
 
-    def export(self, *, teacher: str, path: str, exporter: str, opset: int) -> dict[str, Any]:
+    def export(
+        self, *, teacher: str, path: str, exporter: Literal["torchscript", "dynamo"], opset: int
+    ) -> dict[str, Any]:
         """Write the teacher as an fp32 ONNX graph."""
         from bertemd_deploy.export import export_fp32
 

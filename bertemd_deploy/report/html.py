@@ -39,7 +39,7 @@ from bertemd_deploy.report.text import (
 )
 from bertemd_deploy.report.verdict import excess_drop, remarks, verdict
 
-_UNIT = re.compile(r"(?<=\d) (?=(?:ms|MB|GB)\b)")  # a number and its unit stay on one line
+_UNIT = re.compile(r"(?<=\d) (?=(?:ms|kB|MB|GB)\b)")  # a number and its unit stay on one line
 STYLE = Path(__file__).with_name("page.css")
 
 
@@ -151,7 +151,7 @@ def _tiles(comparison: Comparison) -> str:
 
 
 def _comparison(comparison: Comparison, place: int) -> str:
-    return _table(comparison_table(comparison))
+    return _table(comparison_table(comparison)) if comparison.rows else ""
 
 
 def _device_figures(comparison: Comparison, place: int) -> str:

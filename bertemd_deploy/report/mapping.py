@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Matrix = NDArray[np.float64]
 KINDS = ("attention", "hidden")
 LEAST_SHOWN = 0.1  # percent; a smaller flow prints as an empty cell
+MOST_BESIDE = 8  # student layers up to which two maps stand side by side, above which one below the other
 MOST_COLUMNS = 60  # steps drawn of the marginals
 MOST_POINTS = 300  # steps drawn of the losses
 LOSSES = ("total", "prediction", "embedding", "attention", "hidden")
@@ -60,16 +61,19 @@ def flow_maps(distillation: Any, kind: str) -> Drawing | None:
     alternative = f"EMD flow between {what} of {rows} teacher and {columns} student layers. " + " ".join(
         f"{title}: {_strongest(flow)}." for title, flow in maps.items()
     )
-    with canvas(f"flow-{kind}", height=1.15 + 0.19 * rows) as figure:
-        axes = figure.subplots(1, len(maps), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06})[0]
+    across = len(maps) if columns <= MOST_BESIDE else 1
+    down = len(maps) // across
+    with canvas(f"flow-{kind}", height=0.5 + down * (0.65 + 0.19 * rows)) as figure:
+        axes = figure.subplots(down, across, sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06}).ravel()
         for panel, (title, flow) in zip(axes, maps.items(), strict=True):
             mesh = panel.pcolormesh(flow, cmap="Blues", vmin=0, vmax=top, edgecolors="white", linewidth=0.8)
-            size = min(7.5, 72 * WIDTH * 0.75 / len(maps) / columns / 1.9)
+            size = min(7.5, 72 * WIDTH * 0.75 / across / columns / 1.9)
             _numbers(panel, flow, top=top, size=size)
             _layer_axes(panel, rows=rows, columns=columns)
             panel.set_title(title)
-        axes[0].set_ylabel("teacher layer")
-        bar = figure.colorbar(mesh, ax=axes, fraction=0.045, pad=0.02, aspect=28)
+        for panel in axes[::across]:
+            panel.set_ylabel("teacher layer")
+        bar = figure.colorbar(mesh, ax=list(axes), fraction=0.045, pad=0.02, aspect=28)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
         _quiet_bar(bar)
         svg = to_svg(figure, alternative=alternative)

@@ -234,18 +234,18 @@ def _read(path: Path) -> dict[str, Any]:
     seen: set[tuple[Variant, Cell]] = set()
     for place, entry in enumerate(raw["measurements"]):
         try:
-            key = (_variant(entry), _cell(entry))
+            found_at = (_variant(entry), _cell(entry))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
                 f'{path}: measurements[{place}] needs whole numbers above 0 for batch, sequence (or "replay") and '
                 f"threads ({error!r}). Run `bertemd bench` again."
             ) from None
-        if key in seen:
+        if found_at in seen:
             raise ArtifactError(
-                f"{path}: measurements[{place}] measures {key[0].label}, {key[1].label} once more; one record holds each "
-                "cell once. Run `bertemd bench` again."
+                f"{path}: measurements[{place}] measures {found_at[0].label}, {found_at[1].label} once more; "
+                "one record holds each cell once. Run `bertemd bench` again."
             )
-        seen.add(key)
+        seen.add(found_at)
     return raw
 
 

@@ -41,6 +41,11 @@ class Ratio:
         return "slower" if self.high < 1 else "same"
 
     @property
+    def held_back(self) -> bool:
+        """Whether the interval lies above 1 and yet the benchmark claims nothing."""
+        return self.low > 1 and not self.claimed
+
+    @property
     def inverse(self) -> Ratio:
         """The same fact seen from the other side: how many times slower."""
         return Ratio(1 / self.value, 1 / self.high, 1 / self.low)
@@ -86,6 +91,13 @@ class Comparison:
     def teacher(self) -> Row | None:
         """The teacher's row, or None where it was not measured."""
         return self.row(self.record.teacher)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the benchmark held back speed-ups in the compared cell, since other programs took CPU time there."""
+        entries = [entry for (_, cell), entry in self.record.cells.items() if cell == self.cell]
+        held_back = (gain for gain in map(Ratio.of, entries) if gain is not None and gain.held_back)
+        return any(entry.get("disturbed") is True for entry in entries) or any(held_back)
 
     @property
     def student(self) -> Row | None:
@@ -164,7 +176,9 @@ def head(records: Sequence[Record]) -> Head:
     facts = [
         count(int(layers), "layer") if layers else "",
         f"width {int(hidden)}" if hidden else "",
-        f"{parameters / 1e6:.1f} M parameters" if parameters else "",
+        (f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,.0f}") + " parameters"
+        if parameters
+        else "",
     ]
     said = [f"Student of {', '.join(fact for fact in facts if fact)}" if any(facts) else "One student"]
     if teacher:

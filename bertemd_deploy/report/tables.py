@@ -84,7 +84,7 @@ def speedup_text(gain: Ratio | None) -> str:
     if gain is None:
         return NOT_MEASURED
     text = f"{ratio(gain.value)} ({ratio(gain.low)[:-1]}–{ratio(gain.high)[:-1]})"
-    return f"{text}, not claimed" if gain.outcome == "same" else text
+    return f"{text}, no claim" if gain.outcome == "same" else text
 
 
 def _kind(variant: Variant) -> str:
@@ -138,13 +138,14 @@ def _cpu_time(entry: Mapping[str, Any]) -> str:
 
 def parity_table(record: Record) -> Table | None:
     """Return how far each graph's answers lie from the torch student's, or None where that is not recorded."""
-    parity = dig(record.artifact, "parity")
-    return _named_table(
-        parity,
-        "Each graph against the torch student on the same inputs: the largest absolute difference of a logit, and the "
-        "share of inputs with the same decision.",
-        first="Graph",
+    caption = (
+        "Each graph against the torch student on the same inputs: the largest absolute difference of a logit, and "
     )
+    caption += "the share of inputs with the same decision."
+    allowed = number(dig(record.artifact, "parity", "max_abs_logit_difference_allowed"))
+    if allowed is not None:
+        caption += f" An fp32 graph that differs by more than {plain('', allowed)} is not handed out."
+    return _named_table(dig(record.artifact, "parity", "graphs"), caption, first="Graph")
 
 
 def trials_table(record: Record) -> Table | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 NOT_MEASURED = "not measured"
 _ACRONYMS = {"cpu": "CPU", "isa": "instruction sets", "mhz": "MHz", "rss": "RSS", "1m": "over 1 minute"}
+_MOST_ITEMS = 8
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
 
 
@@ -47,10 +48,12 @@ def milliseconds(value: float | None) -> str:
 
 
 def megabytes(value: float | None) -> str:
-    """Return a number of bytes in decimal megabytes (10^6 bytes), with its unit."""
+    """Return a number of bytes in decimal megabytes (10^6 bytes), or kilobytes below a tenth of one, with its unit."""
     if value is None:
         return NOT_MEASURED
     amount = value / 1e6
+    if 0 < amount < 0.1:
+        return f"{digits(value / 1e3)} kB"
     return f"{amount:,.0f} MB" if amount >= 10 else f"{digits(amount)} MB"
 
 
@@ -89,9 +92,14 @@ def plain(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(plain("", item) for item in value) or "none"
+        items = ["×".join(map(str, item)) if isinstance(item, list) else plain("", item) for item in value]
+        if len(items) > _MOST_ITEMS:
+            return f"{len(items)}: {', '.join(items[:3])}, …"
+        return ", ".join(items) or "none"
     if isinstance(value, Mapping):
-        return ", ".join(f"{words(str(name))} {plain(str(name), item)}" for name, item in value.items()) or "none"
+        if set(value) == {"count"}:  # what a bench record keeps of a long list
+            return plain("", value["count"])
+        return ", ".join(f"{words(str(name))}: {plain(str(name), item)}" for name, item in value.items()) or "none"
     amount = number(value)
     if amount is None:
         return str(value)

@@ -93,8 +93,14 @@ def _speed(comparison: Comparison, student: Row, teacher: Row | None) -> str | N
         return f"answers {ratio(gain.value)} faster ({both})"
     if gain.outcome == "slower":
         return f"answers {ratio(gain.inverse.value)} slower ({both})"
-    reason = "covers 1" if gain.low <= 1 <= gain.high else "was not accepted by the benchmark"
-    return f"is not claimed to be faster, for the 95% interval of the ratio, {gain.interval}, {reason} ({both})"
+    return f"is not claimed to be faster, for {_reason(gain)} ({both})"
+
+
+def _reason(judged: Ratio) -> str:
+    """Say why a ratio is not called a gain."""
+    if judged.held_back:
+        return f"other programs took CPU time meanwhile (95% interval of the ratio {judged.interval})"
+    return f"the 95% interval of the ratio, {judged.interval}, covers 1"
 
 
 def excess_drop(comparison: Comparison) -> str | None:
@@ -147,7 +153,7 @@ def runtime_verdict(comparison: Comparison) -> str | None:
         return None
     numbers = f"p50 {milliseconds(student.p50_ms)} against {milliseconds(other.p50_ms)}"
     if judged.outcome == "same":
-        said = f"no difference can be told ({numbers}; 95% interval of the ratio {judged.interval})"
+        said = f"it is not claimed to be faster, for {_reason(judged)} ({numbers})"
     else:
         shown = judged if judged.outcome == "faster" else judged.inverse
         said = f"it is {ratio(shown.value)} {judged.outcome} ({numbers}; 95% interval {shown.interval})"
@@ -166,10 +172,7 @@ def quantization_verdict(comparison: Comparison) -> str | None:
     if judged is None:
         outcome = f"int8 is not judged against fp32, for want of samples ({kind}graph, {numbers})"
     elif judged.outcome == "same":
-        outcome = (
-            f"no difference between int8 and fp32 can be told here ({numbers}; 95% interval of the ratio "
-            f"{judged.interval})"
-        )
+        outcome = f"int8 is not claimed to be faster than fp32 here, for {_reason(judged)} ({numbers})"
     else:
         shown = judged if judged.outcome == "faster" else judged.inverse
         outcome = (
@@ -202,7 +205,10 @@ def _measured_ratio(comparison: Comparison, baseline: Row, candidate: Row) -> Ra
     if not slow or len(slow) != len(fast):
         return None
     found = speedup(slow, fast, seed=0)
-    return Ratio(found["p50"], *found["ci95"]) if found["ci95"] else None
+    if found["ci95"] is None:
+        return None
+    low, high = found["ci95"]
+    return Ratio(found["p50"], low, high, claimed=not comparison.disturbed)
 
 
 def _rounds(record: Record, variant: Variant, cell: Cell) -> list[list[float]]:

@@ -17,9 +17,12 @@ def test_calls_fill_the_turn(median_ms, count):
     assert calls_per_round(median_ms, seconds=0.1) == count
 
 
-@pytest.mark.parametrize(("medians_ms", "count"), [([2.0, 10.0, 1.0], 10), ([900.0, 1.0], 4), ([1e-6], 2000)])
-def test_requests_go_by_the_slowest_model(medians_ms, count):
-    assert requests_per_round(medians_ms, seconds=0.1) == count
+@pytest.mark.parametrize(
+    ("medians_ms", "batch", "count"),
+    [([2.0, 10.0, 1.0], 1, 10), ([900.0, 1.0], 1, 4), ([900.0, 1.0], 8, 2), ([1e-6], 1, 2000)],
+)
+def test_requests_go_by_the_slowest_model(medians_ms, batch, count):
+    assert requests_per_round(medians_ms, batch=batch, seconds=0.1) == count
 
 
 class FakeWorker:
@@ -106,7 +109,7 @@ def test_replay_gives_all_models_the_same_requests_alone_and_from_text(artifact,
     (result,) = run(artifact, Cell(8, "replay", 1))
     turns = [fields for _, command, fields in log if command == "turn"]
     requests = {(fields["texts"], fields["start"], fields["count"]) for fields in turns}
-    assert requests == {(texts, 4 * number, 4) for texts in (False, True) for number in range(6)}
+    assert requests == {(texts, 2 * number, 2) for texts in (False, True) for number in range(6)}
     assert len(turns) == 2 * 2 * 6
     assert len(result.whole) == 2
 

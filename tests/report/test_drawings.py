@@ -40,12 +40,14 @@ def test_both_maps_share_one_colour_scale() -> None:
     assert [drawing.svg.count(f"fill: {color}") for color in colors] == [2, 1]
 
 
-def test_deep_teacher_fits() -> None:
+def test_many_student_layers_stack_the_maps() -> None:
     rng = np.random.default_rng(0)
     flow = rng.random((24, 12))
-    drawing = flow_maps({"first": {"step": 1, "hidden_flow": (flow / flow.sum()).tolist()}}, "hidden")
+    moment = {"step": 1, "hidden_flow": (flow / flow.sum()).tolist()}
+    drawing = flow_maps({"first": moment, "last": moment}, "hidden")
     assert drawing is not None
     assert {"24", "12"} <= set(texts(drawing.svg))
+    assert texts(drawing.svg).count("teacher layer") == 2
 
 
 @pytest.mark.parametrize(

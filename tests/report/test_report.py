@@ -190,8 +190,10 @@ def test_all_cells_stand_in_the_folded_table(full, record) -> None:
 
 def test_quantization_and_parity_are_listed(full) -> None:
     page = page_of(full)
-    assert page.row("fused-int8") == ["fused-int8", "0.201", "98.6%", "256"]
-    assert page.row("2") == ["2", "QUInt8 x QInt8, per channel", "0.941", "0.3", "yes"]
+    assert page.row("fused-int8") == ["fused-int8", "0.201", "98.6%", "264", "0", "8", "1×7, 16×64"]
+    assert page.row("1") == ["1", "int8", "no", "none", "0.921", "2.3", "no"]
+    assert page.row("Per channel") == ["Per channel", "int8: yes, fused-int8: no"]
+    assert page.row("Operators") == ["Operators", "int8: 28, fused-int8: 24"]
     assert page.row("Max drop") == ["Max drop", "1 point"]
 
 
@@ -268,7 +270,7 @@ def test_text_from_records_is_escaped(record, save, tmp_path) -> None:
     record["artifact"]["task"] |= {"name": evil, "metrics": [evil]}
     record["artifact"]["teacher"]["name"] = evil
     record["artifact"]["quantization"]["trials"][0] |= {evil: evil}
-    record["artifact"]["parity"] = {evil: {evil: evil}}
+    record["artifact"]["parity"]["graphs"] = {evil: {evil: evil}}
     record["versions"][evil] = evil
     record["notes"] = [evil]
     record["distillation"]["mapping"] = evil

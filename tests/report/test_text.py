@@ -26,7 +26,12 @@ def test_units_and_digits() -> None:
         "31.4 ms",
         "1,314 ms",
     ]
-    assert [text.megabytes(value) for value in (150_000, 1_500_000, 91_400_000)] == ["0.15 MB", "1.50 MB", "91 MB"]
+    assert [text.megabytes(value) for value in (544, 150_000, 1_500_000, 91_400_000)] == [
+        "0.54 kB",
+        "0.15 MB",
+        "1.50 MB",
+        "91 MB",
+    ]
     assert [text.ratio(value) for value in (0.934, 1.0449, 14.24, 140.2)] == ["0.93×", "1.04×", "14.2×", "140×"]
     assert [text.points(value) for value in (-0.0312, 0.002, -0.00001)] == ["−3.1", "+0.2", "0.0"]
 
@@ -39,7 +44,10 @@ def test_plain_values_follow_the_unit_in_their_key() -> None:
     assert text.plain("per_channel", False) == "no"
     assert text.plain("difference", 2.13e-6) == "2.1e-06"
     assert text.plain("operators", ["MatMul", "Gather"]) == "MatMul, Gather"
-    assert text.plain("excluded", {"count": 20}) == "count 20"
+    assert text.plain("excluded", {"count": 20}) == "20"
+    assert text.plain("operators", [f"node{at}" for at in range(9)]) == "9: node0, node1, node2, …"
+    assert text.plain("per_channel", {"int8": True, "fused-int8": False}) == "int8: yes, fused-int8: no"
+    assert text.plain("shapes", [[1, 7], [16, 64]]) == "1×7, 16×64"
     assert text.words("peak_rss_bytes") == "peak RSS"
 
 

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from tiny_student import VOCABULARY, labelled, tiny_model, write_student
+
+from bertemd_deploy import bert_graph
+from bertemd_deploy import export as module
+from bertemd_deploy.artifact import GRAPHS, Artifact
+from bertemd_deploy.bert_graph import check_shapes, load_model, portable_graph
+from bertemd_deploy.config import ExportSettings, QuantizeSettings
+from bertemd_deploy.errors import ArtifactError, ExportError, GateError, ModelError
+from bertemd_deploy.export import export, export_fp32
+from bertemd_deploy.onnx_edit import IR_VERSIONS, histogram, save
+from bertemd_deploy.runtime import INPUT_NAMES, open_session, predict_logits
+
+TASK = {"name": "mrpc", "kind": "classification", "metrics": ["f1", "accuracy"]}
+
+
+def arguments(student: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    model = load_model(student)
+    regression = changes.get("labels") == []
+    return {
+        "student": student,
+        "out": out,
+        "task": TASK,
+        "labels": ["no", "yes"],
+        "max_length": 32,
+        "evaluation": labelled(model, 60, regression=regression),
+        "calibration": labelled(model, 20, seed=1, regression=regression),
+        "teacher": {"name": "big", "layers": 12, "sha256": "0" * 64},
+        "reference_metrics": {"teacher": {"f1": 0.9, "accuracy": 0.88}},
+        "distillation": {"mapping": "emd", "seed": 3},
+        "settings": ExportSettings(),
+        "quantization": QuantizeSettings(max_drop=20),
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def artifact(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return export(**arguments(student, tmp_path_factory.mktemp("run") / "artifact"))
+
+
+def test_the_folder_holds_what_the_contract_lists(artifact: Artifact) -> None:
+    names = {path.relative_to(artifact.folder).as_posix() for path in artifact.folder.rglob("*") if path.is_file()}
+    assert names == {
+        *GRAPHS.values(),
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+        "bertemd.json",
+        "eval.npz",
+        "README.md",
+    }
+    assert [path.name for path in artifact.folder.parent.iterdir()] == ["artifact"]
+    assert artifact.graphs() == list(GRAPHS)
+    for name in artifact.manifest["files"]:
+        artifact.file(name)
+
+
+def test_the_manifest_is_complete(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    assert manifest["task"] == TASK
+    assert manifest["labels"] == ["no", "yes"]
+    parameters = manifest["student"].pop("parameters")
+    assert manifest["student"] == {"layers": 2, "hidden": 32, "heads": 4, "intermediate": 64}
+    assert parameters == sum(weight.numel() for weight in tiny_model().parameters())
+    assert manifest["teacher"]["layers"] == 12
+    assert manifest["distillation"] == {"mapping": "emd", "seed": 3}
+    assert set(manifest["metrics"]) == {"teacher", "student", *GRAPHS}
+    assert manifest["metrics"]["student"] == {"f1": 1.0, "accuracy": 1.0}
+    for graph in ("fp32", "fused"):
+        parity = manifest["parity"]["graphs"][graph]
+        assert parity["max_abs_logit_difference"] < 1e-4
+        assert parity["decision_agreement"] == 1
+        assert parity["inputs"] == 76
+    assert 0 < manifest["parity"]["graphs"]["int8"]["max_abs_logit_difference"] < 2
+    quantization = manifest["quantization"]
+    assert (quantization["mode"], quantization["weight_type"], quantization["activation_type"]) == (
+        "dynamic",
+        "int8",
+        "uint8",
+    )
+    assert quantization["reduce_range"] is False
+    assert quantization["per_channel"].keys() == quantization["excluded"].keys() == {"int8", "fused-int8"}
+    assert [trial["passed"] for trial in quantization["trials"]].count(True) == 2
+    assert len(quantization["operators"]["int8"]) == 12
+    assert manifest["files"]["onnx/model_fused.onnx"]["fused"]["attention"] == 2
+    assert manifest["files"]["onnx/model_quantized.onnx"]["operators"]["MatMulInteger"] == 10
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["requires"]["isa"] == []
+    assert manifest["created"].endswith("+00:00")
+    assert "commit" in manifest
+
+
+def test_graphs_are_dynamic_old_enough_and_labelled(artifact: Artifact) -> None:
+    for graph, name in GRAPHS.items():
+        model = onnx.load_model(artifact.folder / name)
+        entry = artifact.manifest["files"][name]
+        assert model.ir_version == entry["ir_version"] <= 8
+        assert {item.domain: item.version for item in model.opset_import}[""] == entry["opset"] == 17
+        assert histogram(model) == entry["operators"]
+        dims = {v.name: [d.dim_param for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
+        assert dims == {name: ["batch", "sequence"] for name in INPUT_NAMES}
+        assert {value.type.tensor_type.elem_type for value in model.graph.input} == {onnx.TensorProto.INT64}
+        assert [value.name for value in model.graph.output] == ["logits"]
+        properties = {entry.key: entry.value for entry in model.metadata_props}
+        assert properties == {"id2label": '{"0": "no", "1": "yes"}', "task": "mrpc", "max_length": "32"}
+        arrays = [
+            (t.data_type, tuple(t.dims), onnx.numpy_helper.to_array(t).tobytes()) for t in model.graph.initializer
+        ]
+        assert len(set(arrays)) == len(arrays)
+        assert ("fused" in graph) == any(node.domain for node in model.graph.node)
+        assert {node.domain for node in model.graph.node} <= {item.domain for item in model.opset_import}
+
+
+def test_every_graph_scores_what_the_manifest_says_from_the_slice_it_carries(artifact: Artifact) -> None:
+    part = artifact.evaluation()
+    for graph in GRAPHS:
+        logits = predict_logits(open_session(artifact.graph(graph)[1]), part.examples, pad_id=0)
+        found = float((logits.argmax(axis=-1) == part.labels).mean())
+        assert found == artifact.manifest["metrics"][graph]["accuracy"]
+
+
+def test_tokenizer_files_are_written_though_the_student_has_two_of_four(artifact: Artifact, student: Path) -> None:
+    folder = artifact.folder
+    assert not (student / "vocab.txt").exists()
+    assert (folder / "vocab.txt").read_text().splitlines() == VOCABULARY
+    assert (folder / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
+    special = json.loads((folder / "special_tokens_map.json").read_text())
+    assert special["cls_token"] == "[CLS]"
+    assert special["mask_token"] == "[MASK]"
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 32
+    assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
+
+
+def test_the_model_card_shows_the_measured_table(artifact: Artifact) -> None:
+    text = (artifact.folder / "README.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| fused-int8 |"))
+    assert f"{artifact.manifest['metrics']['fused-int8']['f1']:.4f}" in row
+    assert "| teacher (torch) |" in text
+    assert "distilled from big (12 layers)" in text
+
+
+def test_a_damaged_artifact_is_refused(student: Path, artifact: Artifact, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact.folder, folder)
+    graph = folder / GRAPHS["int8"]
+    graph.write_bytes(graph.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="truncated or was changed"):
+        Artifact.load(folder).graph("int8")
+    manifest = json.loads((folder / "bertemd.json").read_text())
+    manifest["files"][GRAPHS["fp32"]]["sha256"] = "0" * 64
+    manifest["files"]["../outside"] = {"sha256": "0" * 64}
+    (folder / "bertemd.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="the manifest says 000000000000"):
+        Artifact.load(folder).graph("fp32")
+    with pytest.raises(ArtifactError, match="points outside"):
+        Artifact.load(folder).file("../outside")
+    (folder / "bertemd.json").write_text(json.dumps(manifest)[:-40])
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        Artifact.load(folder)
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes((artifact.folder / GRAPHS["fused"]).read_bytes()[:5000])
+    with pytest.raises(ArtifactError, match="cannot load this file"):
+        open_session(cut)
+
+
+def test_regression(tmp_path: Path) -> None:
+    student = write_student(tmp_path / "student", labels=())
+    task = {"name": "stsb", "kind": "regression", "metrics": ["pearson", "spearman"]}
+    found = export(**arguments(student, tmp_path / "artifact", task=task, labels=[]))
+    assert found.labels == []
+    assert found.manifest["metrics"]["fused"]["pearson"] == pytest.approx(1)
+    assert found.manifest["metrics"]["fused-int8"]["pearson"] > 0.8
+    assert found.manifest["parity"]["graphs"]["fp32"]["decision_agreement"] is None
+
+
+def test_without_quantization_there_are_two_graphs(student: Path, tmp_path: Path) -> None:
+    changes = {"quantization": QuantizeSettings(mode="none"), "teacher": None, "reference_metrics": {}}
+    found = export(**arguments(student, tmp_path / "a", **changes))
+    assert found.graphs() == ["fp32", "fused"]
+    assert found.manifest["quantization"]["trials"] == []
+    assert found.manifest["teacher"] is None
+    assert not (tmp_path / "a" / GRAPHS["int8"]).exists()
+
+
+def test_a_parity_miss_leaves_the_artifact_as_it_was(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "artifact"
+    quick = arguments(student, out, quantization=QuantizeSettings(mode="none"))
+
+    def off(*args: Any, **kwargs: Any) -> Any:
+        found = bert_graph.torch_logits(*args, **kwargs)
+        return found + np.float32(0.031)
+
+    monkeypatch.setattr(module, "torch_logits", off)
+    with pytest.raises(GateError, match=r"model.onnx differs from the torch student by 3.1e-02 on logits"):
+        export(**quick)
+    assert [path.relative_to(out).as_posix() for path in out.rglob("*")] == ["onnx", "onnx/model.rejected.onnx"]
+    monkeypatch.undo()
+    good = export(**quick)  # the folder of a rejected graph needs no --force
+    assert not (out / "onnx/model.rejected.onnx").exists()
+    before = (out / "bertemd.json").read_bytes()
+    monkeypatch.setattr(module, "torch_logits", off)
+    with pytest.raises(GateError):
+        export(**quick)
+    assert (out / "bertemd.json").read_bytes() == before
+    assert (out / "onnx/model.rejected.onnx").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+    for name in good.manifest["files"]:
+        Artifact.load(out).file(name)
+
+
+def test_an_accuracy_miss_keeps_the_rejected_graph_only(student: Path, tmp_path: Path) -> None:
+    request = arguments(student, tmp_path / "artifact")
+    wrong = replace(request["evaluation"], labels=request["evaluation"].labels)
+    strict = request | {"evaluation": wrong, "quantization": QuantizeSettings(max_drop=-1.0)}
+    with pytest.raises(GateError, match=r"model_quantized.onnx loses too much f1 against the fp32 student") as caught:
+        export(**strict)
+    assert caught.value.exit_code == 4
+    kept = [path.name for path in (tmp_path / "artifact").rglob("*") if path.is_file()]
+    assert kept == ["model_quantized.rejected.onnx"]
+
+
+def test_a_folder_with_something_else_is_refused_or_with_force_shared(student: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    quick = arguments(student, out, quantization=QuantizeSettings(mode="none"))
+    with pytest.raises(ArtifactError, match="holds something else"):
+        export(**quick)
+    export(**quick, force=True)
+    assert (out / "thesis.txt").read_text() == "years of work"
+    assert Artifact.load(out).graphs() == ["fp32", "fused"]
+    assert not list(out.glob(".*"))
+
+
+def test_requests_that_do_not_fit_the_student(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"outputs are no, yes; the data's labels are yes, no"):
+        export(**arguments(student, tmp_path / "a", labels=["yes", "no"]))
+    with pytest.raises(ExportError, match="max_length 65; the student has positions for 1 to 64 tokens"):
+        export(**arguments(student, tmp_path / "a", max_length=65))
+    with pytest.raises(ExportError, match=r"evaluation slice has an example of .* tokens, max_length is 8"):
+        export(**arguments(student, tmp_path / "a", max_length=8))
+    empty = arguments(student, tmp_path / "a")
+    part = empty["calibration"]
+    with pytest.raises(ExportError, match="calibration slice is empty"):
+        export(**empty | {"calibration": replace(part, examples=part.examples.select([]), labels=part.labels[:0])})
+
+
+def test_tokenizers_that_cannot_become_a_vocabulary_are_refused(student: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "student"
+    shutil.copytree(student, folder)
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["model"]["vocab"]["far"] = 500
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(ExportError, match=r"no token of id 100 \(101 tokens\)"):
+        export(**arguments(folder, tmp_path / "a"))
+    from bertemd_deploy.handout import write_tokenizer
+
+    stored["model"] = {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(ExportError, match="a Unigram tokenizer"):
+        write_tokenizer(folder, tmp_path, max_length=8)
+
+
+@pytest.mark.parametrize("opset", [17, 18])
+def test_export_fp32_of_any_bert_folder(tmp_path: Path, opset: int) -> None:
+    folder = write_student(tmp_path / "teacher", labels=("a", "b", "c"), num_hidden_layers=3, hidden_act="gelu_new")
+    export_fp32(folder, tmp_path / "teacher.onnx", exporter="torchscript", opset=opset)
+    model = onnx.load_model(tmp_path / "teacher.onnx")
+    assert model.ir_version == IR_VERSIONS[opset]
+    assert {node.domain for node in model.graph.node} == {""}
+    # The last layer's feed-forward sees one row; each of the others is spelled out once.
+    assert sum(node.op_type == "MatMul" for node in model.graph.node) == 3 * 6 + 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_the_dynamo_exporter(tmp_path: Path) -> None:
+    model = tiny_model()
+    save(portable_graph(model, exporter="dynamo", opset=17), tmp_path / "m.onnx")
+    stored = onnx.load_model(tmp_path / "m.onnx")
+    assert stored.ir_version == 8
+    assert {entry.domain: entry.version for entry in stored.opset_import}[""] == 17
+    assert check_shapes(tmp_path / "m.onnx", model=model, name="m.onnx")[-1] == [2, 64]
+
+
+def test_a_fixed_dimension_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.onnx.export
+
+    def fixed(*args: Any, **options: Any) -> Any:
+        del options["dynamic_axes"]["attention_mask"][1]
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", fixed)
+    with pytest.raises(ExportError, match=r"'attention_mask': \['batch', 13\].*allowed are dynamic dimensions only"):
+        portable_graph(tiny_model(), exporter="torchscript", opset=17)
+
+
+def test_an_exporter_that_fails_or_differs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(portable_graph(tiny_model(), exporter="torchscript", opset=17), tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"model.onnx: at batch 1, sequence 1 its logits .* differ from torch's"):
+        check_shapes(tmp_path / "m.onnx", model=tiny_model(seed=1), name="model.onnx")
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("unsupported operator\nand a long story")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ExportError, match=r"torchscript exporter of torch .* failed \(unsupported operator\)"):
+        portable_graph(tiny_model(), exporter="torchscript", opset=17)
+
+
+def test_models_that_are_computed_differently_are_refused(tmp_path: Path) -> None:
+    folder = write_student(tmp_path / "student")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"position_embedding_type": "relative_key"}))
+    with pytest.raises(ExportError, match="position_embedding_type is 'relative_key'"):
+        load_model(folder)
+    with pytest.raises(ModelError):
+        export_fp32(tmp_path / "nothing", tmp_path / "x.onnx", exporter="torchscript", opset=17)

@@ -1,0 +1,87 @@
+"""Fine-tuning: a pretrained encoder becomes a classifier folder that scores what the record says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from bertemd_deploy.config import TeacherSettings
+from bertemd_deploy.data import load_data
+from bertemd_deploy.errors import ModelError
+from bertemd_deploy.evaluate import evaluate_folder
+from bertemd_deploy.files import sha256_file
+from bertemd_deploy.finetune import finetune
+
+Make = Callable[..., Path]
+
+
+def train(model: Path, data: Path, out: Path, *, task: str | None = None, **settings: Any) -> dict[str, Any]:
+    return finetune(
+        model,
+        data=load_data(str(data), task=task),
+        max_length=32,
+        settings=TeacherSettings(**({"epochs": 3, "batch_size": 8, "learning_rate": 5e-3} | settings)),
+        out=out,
+        checkpoints=out.with_name(f"{out.name}-checkpoints"),
+        log=out.with_name(f"{out.name}.jsonl"),
+    )
+
+
+def test_an_encoder_becomes_a_teacher_that_scores_its_record(
+    tiny_bert: Make, tiny_data: Make, tmp_path: Path
+) -> None:
+    data = tiny_data(labels=("bad", "good"))
+    record = train(tiny_bert(head=False), data, tmp_path / "teacher", epochs=4)
+    assert record["metrics"]["accuracy"] > 0.9
+    assert record | {"metrics": {}, "best_epoch": 0} == {
+        "metrics": {},
+        "best_epoch": 0,
+        "epochs": 4,
+        "steps": 32,
+        "rows": 64,
+        "model": "model",
+    }
+    again = evaluate_folder(tmp_path / "teacher", data=load_data(str(data)), max_length=32)
+    assert again["metrics"] == record["metrics"]
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    assert config["problem_type"] == "single_label_classification"
+    lines = [json.loads(line) for line in (tmp_path / "teacher.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_regression_is_one_output_without_names(tiny_bert: Make, tiny_data: Make, tmp_path: Path) -> None:
+    data = tiny_data("regression")
+    record = train(tiny_bert(head=False), data, tmp_path / "teacher", task="regression", epochs=6)
+    assert record["metrics"]["pearson"] > 0.5
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    assert config["problem_type"] == "regression"
+    assert load_file(tmp_path / "teacher" / "model.safetensors")["classifier.weight"].shape == (1, 16)
+
+
+def test_a_head_of_another_task_gives_way(tiny_bert: Make, tiny_data: Make, tmp_path: Path) -> None:
+    train(tiny_bert(labels=("a", "b", "c")), tiny_data("pair"), tmp_path / "teacher", epochs=1)
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    assert config["id2label"] == {"0": "0", "1": "1"}
+
+
+def test_the_seed_decides_the_result(tiny_bert: Make, tiny_data: Make, tmp_path: Path) -> None:
+    model, data = tiny_bert(head=False), tiny_data(train=16, dev=8)
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        train(model, data, tmp_path / name, epochs=1, seed=seed)
+    hashes = {name: sha256_file(tmp_path / name / "model.safetensors") for name in ("one", "same", "other")}
+    assert hashes["one"] == hashes["same"] != hashes["other"]
+
+
+def test_a_longer_input_than_the_model_has_positions_is_refused(
+    tiny_bert: Make, tiny_data: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"data\.max_length is 32, the model has 16 positions"):
+        train(tiny_bert(positions=16), tiny_data(), tmp_path / "teacher")
+    assert not (tmp_path / "teacher").exists()

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from bertemd_deploy.config import MAPPINGS
+from bertemd_deploy.emd import cost_attention, solve_flow, uniform_weights
+from bertemd_deploy.errors import EmdError, RecipeError
+from bertemd_deploy.mapping import SIDES, LayerMapping, even_layers, fixed_flow
+
+ATTENTION = torch.tensor([[1.0, 3.0], [2.0, 1.0], [4.0, 0.5]])
+HIDDEN = torch.tensor([[2.0, 1.0], [1.0, 5.0], [3.0, 3.0]])
+
+
+def pairs(flow: torch.Tensor) -> list[tuple[int, int]]:
+    return [(int(row), int(column)) for row, column in flow.nonzero()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("uniform", [(2, 0), (5, 1), (8, 2), (11, 3)]),
+        ("skip", [(2, 0), (5, 1), (8, 2)]),
+        ("last", [(8, 0), (9, 1), (10, 2)]),
+    ],
+)
+def test_fixed_flow_of_four_from_twelve(kind, expected):
+    flow = fixed_flow(kind, 12, 4)
+    assert pairs(flow) == expected
+    assert_close(flow.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert_close(flow[flow > 0], torch.full((len(expected),), 1 / len(expected), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("teachers", "students", "expected"),
+    [(12, 6, [1, 3, 5, 7, 9, 11]), (12, 4, [2, 5, 8, 11]), (6, 4, [0, 2, 3, 5]), (3, 3, [0, 1, 2]), (5, 1, [4])],
+)
+def test_even_layers(teachers, students, expected):
+    assert even_layers(teachers, students) == expected
+
+
+@pytest.mark.parametrize("kind", ["skip", "last"])
+def test_mapping_that_leaves_one_layer_nothing(kind):
+    with pytest.raises(RecipeError, match=rf"distill\.mapping: {kind} needs a student of at least 2 layers"):
+        LayerMapping(kind, 4, 1)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAPPINGS if kind != "none"])
+def test_losses_are_the_flows_costs_with_the_flows_gradient(kind):
+    mapping = LayerMapping(kind, 3, 2)
+    attention, hidden = ATTENTION.clone().requires_grad_(), HIDDEN.clone().requires_grad_()
+    losses = mapping.losses(attention, hidden)
+    sum(losses).backward()
+    for loss, cost, side in zip(losses, (attention, hidden), SIDES, strict=True):
+        flow = mapping.flows[side]
+        assert_close(flow.sum(), torch.tensor(1.0, dtype=torch.float64))
+        assert_close(loss.detach(), (flow.float() * cost.detach()).sum())
+        assert_close(cost.grad, flow.float())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "skip", "last", "emd-fixed"])
+def test_only_emd_moves_the_marginals(kind):
+    mapping = LayerMapping(kind, 3, 2)
+    mapping.losses(ATTENTION, HIDDEN)
+    for side in SIDES:
+        assert_close(mapping.marginals[side], (uniform_weights(3), uniform_weights(2)))
+
+
+def test_emd_fixed_solves_under_uniform_marginals():
+    mapping = LayerMapping("emd-fixed", 3, 2)
+    mapping.losses(ATTENTION, HIDDEN)
+    for side, cost in zip(SIDES, (ATTENTION, HIDDEN), strict=True):
+        expected = solve_flow(cost, teacher_weights=uniform_weights(3), student_weights=uniform_weights(2))
+        assert_close(mapping.flows[side], expected)
+
+
+@pytest.mark.parametrize("mode", ["ratio", "softmax"])
+@pytest.mark.parametrize("separate", [True, False])
+def test_emd_carries_its_marginals_from_step_to_step(mode, separate):
+    mapping = LayerMapping("emd", 3, 2, mode=mode, temperature=2.0, separate=separate)
+    expected = {side: (uniform_weights(3), uniform_weights(2)) for side in SIDES}
+    for factor in (1.0, 2.0, 0.5):
+        costs = {"attention": ATTENTION * factor, "hidden": HIDDEN / factor}
+        mapping.losses(costs["attention"], costs["hidden"])
+        fresh = {}
+        for side in SIDES:
+            a, b = expected[side]
+            flow = solve_flow(costs[side], teacher_weights=a, student_weights=b)
+            assert_close(mapping.flows[side], flow)
+            fresh[side] = cost_attention(
+                costs[side], flow, teacher_weights=a, student_weights=b, mode=mode, temperature=2.0
+            )
+        if not separate:
+            mean = tuple((left + right) / 2 for left, right in zip(fresh["attention"], fresh["hidden"], strict=True))
+            fresh = dict.fromkeys(SIDES, mean)
+        expected = fresh
+        assert mapping.marginals.keys() == expected.keys()
+        for side in SIDES:
+            assert_close(mapping.marginals[side], expected[side])
+    same = torch.equal(mapping.marginals["attention"][0], mapping.marginals["hidden"][0])
+    assert same is not separate
+
+
+def test_resumed_mapping_goes_on_as_the_first_would_have():
+    first = LayerMapping("emd", 3, 2, separate=True)
+    first.losses(ATTENTION, HIDDEN)
+    second = LayerMapping("emd", 3, 2, separate=True)
+    second.load_state({name: weights.clone() for name, weights in first.state().items()})
+    first.losses(HIDDEN, ATTENTION)
+    second.losses(HIDDEN, ATTENTION)
+    assert_close(second.state(), first.state(), rtol=0, atol=0)
+    assert_close(second.flows, first.flows, rtol=0, atol=0)
+
+
+def test_two_mappings_share_no_state():
+    first, second = LayerMapping("emd", 3, 2), LayerMapping("emd", 3, 2)
+    first.losses(ATTENTION, HIDDEN)
+    assert_close(second.marginals["hidden"][0], uniform_weights(3))
+    assert second.flows == {}
+
+
+def test_log_holds_both_flows_and_both_marginal_pairs():
+    mapping = LayerMapping("emd", 3, 2)
+    mapping.losses(ATTENTION, HIDDEN)
+    log = mapping.log()
+    assert set(log) == {
+        "attention_flow",
+        "hidden_flow",
+        "attention_teacher",
+        "attention_student",
+        "hidden_teacher",
+        "hidden_student",
+    }
+    assert log["hidden_flow"] == mapping.flows["hidden"].tolist()
+    assert log["attention_student"] == mapping.marginals["attention"][1].tolist()
+
+
+def test_cost_that_is_not_finite_is_an_error():
+    with pytest.raises(EmdError, match="cost matrix 3x2: non-finite entry at teacher layer 1, student layer 1"):
+        LayerMapping("emd", 3, 2).losses(ATTENTION, HIDDEN.masked_fill(HIDDEN == 5, float("inf")))
