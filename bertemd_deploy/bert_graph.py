@@ -201,7 +201,7 @@ def fusable_graph(model: nn.Module, *, exporter: Exporter, opset: int) -> onnx.M
 def unfuse_residuals(model: onnx.ModelProto) -> None:
     """Write the additions in front of LayerNormalization as Sum, which is the same.
 
-    At load ONNX Runtime turns Add + LayerNormalization into SkipLayerNormalization, whose CPU kernel takes three times
+    At load ONNX Runtime turns Add + LayerNormalization into SkipLayerNormalization, whose CPU kernel takes five times
     as long as the two (measured, 128 x 312: 155 against 30 microseconds).
     """
     editor = Editor(model)

@@ -7,8 +7,8 @@ The portable form is DynamicQuantizeLinear, MatMulInteger, Cast, Mul; the fused 
 bias. Only two-dimensional weights become int8: biases, LayerNorm parameters, the segment table (2 rows) and the final
 classifier stay float32, and so does what runs between the products.
 
-ONNX Runtime's own quantize_dynamic is not used: it gives a whole embedding table one scale, rounds LayerNorm parameters
-and the position table's neighbours in QEmbedLayerNormalization, and does not know the fused form.
+ONNX Runtime's own quantize_dynamic is not used: it gives a whole embedding table one scale, rounds the LayerNorm
+parameters of a fused embedding too, and leaves each bias outside its product.
 """
 
 from __future__ import annotations

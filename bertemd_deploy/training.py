@@ -257,7 +257,9 @@ def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extr
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, value in model.named_parameters():
         tensors |= {f"optimizer.{key}.{name}": item for key, item in optimizer.state.get(value, {}).items()}
-    tensors |= {f"extra.{name}": value.clone() for name, value in extra.state().items()}  # may share memory, a file may not
+    tensors |= {
+        f"extra.{name}": value.clone() for name, value in extra.state().items()
+    }  # may share memory, a file may not
     path = folder / f"step-{done.step:08d}.safetensors"
     _write_tensors(path, tensors, metadata={"progress": json.dumps(vars(done))})
     for old in folder.glob("step-*.safetensors"):

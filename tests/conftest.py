@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,5 +208,31 @@ def tiny_task(tiny_bert: Callable[..., Path], tiny_data: Callable[..., Path]) ->
         for split, lines in rows.items():
             (data / f"{split}.tsv").write_text("\n".join("\t".join(row) for row in lines) + "\n", encoding="utf-8")
         return teacher, data
+
+    return build
+
+
+@pytest.fixture
+def tiny_artifact(tiny_task: Callable[..., tuple[Path, Path]], kept: Path) -> Callable[..., Path]:
+    """Return a factory of exported artifacts ("single" or "pair"), fp32 graphs only, each call a fresh copy.
+
+    An artifact is exported once per test session.
+    """
+
+    def build(kind: str = "single", *, name: str = "artifact") -> Path:
+        from bertemd_deploy.config import build_recipe
+        from bertemd_deploy.pipeline import export_stage
+
+        source = kept / f"artifact-{kind}"
+        teacher, data = tiny_task(kind, name=f"exported-{kind}")
+        if not source.exists():
+            content = {
+                "teacher": {"model": str(teacher)},
+                "data": {"path": str(data), "max_length": 32},
+                "student": {"name": "4L"},
+                "quantize": {"mode": "none"},
+            }
+            export_stage(build_recipe(content, where="test"), teacher, source, data=str(data))
+        return Path(shutil.copytree(source, teacher.parent / name))
 
     return build

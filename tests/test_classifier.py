@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,20 @@ def test_package_offers_the_classifier(build):
 
 def test_folder_may_be_given_as_text_and_the_graph_by_name(build):
     assert Classifier.load(str(build()), graph="fp32", threads=1).graph == "fp32"
+
+
+def test_predicts_where_no_training_package_is_installed(build):
+    code = """
+import sys
+for name in ("torch", "transformers", "datasets", "onnx", "scipy", "ot", "safetensors", "matplotlib"):
+    sys.modules[name] = None
+from bertemd_deploy import Classifier
+print(*(prediction.label for prediction in Classifier.load(sys.argv[1], threads=1).predict(["good", "bad"])))
+"""
+    command = [sys.executable, "-c", code, str(build())]
+    root = Path(__file__).resolve().parents[1]
+    answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert answer.stdout == "positive negative\n", answer.stderr
 
 
 def test_scores_of_huge_logits_are_finite(build):
@@ -278,5 +294,5 @@ def test_evaluate_label_the_artifact_lacks(build, tmp_path: Path):
 
 def test_evaluate_outputs_that_are_not_finite(build, tmp_path: Path):
     path = data_folder(tmp_path, "sentence\tlabel", "good\t1", "film\t0")
-    with pytest.raises(ArtifactError, match=r"artifact: 2 of 2 outputs are not finite\. Export the student again"):
+    with pytest.raises(ArtifactError, match=r"artifact: 1 of 2 outputs are not finite\. Export the student again"):
         evaluate_artifact(build(value=float("inf")), settings=DataSettings(path=path))

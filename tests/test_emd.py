@@ -398,6 +398,21 @@ def test_layers_that_agree_cost_next_to_nothing_and_never_less(shift):
     assert_close(cost, loop_hidden(teacher, teacher, mask), rtol=1e-4, atol=1e-4)
 
 
+def test_score_maps_that_share_a_large_part_lose_no_digits():
+    common, mask = [10 * normal(1, 2, 2, 9, 8, seed=seed) for seed in (0, 1)], mask_of((9, 4), 9)
+    heads = [common[seed % 2] + 0.01 * normal(3, 2, 2, 9, 8, seed=seed) for seed in (2, 3, 4, 5)]
+    expected = loop_attention(*(tensor.double() for tensor in heads), mask).float()
+    assert_close(attention_cost(*heads, mask=mask, method="scores"), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("method", ["scores", "factored"])
+def test_cancellation_never_makes_an_attention_cost_negative(method):
+    for seed in range(10):
+        query, key = (30 * normal(3, 2, 2, 9, 8, seed=2 * seed + side) for side in (0, 1))
+        cost = attention_cost(query, key, query.clone(), key.clone(), mask=mask_of((9, 4), 9), method=method)
+        assert (cost >= 0).all()
+
+
 def test_padding_content_does_not_matter():
     mask = mask_of(LENGTHS, 5)
     real = mask[None, :, :, None]

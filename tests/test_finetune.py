@@ -32,17 +32,15 @@ def train(model: Path, data: Path, out: Path, *, task: str | None = None, **sett
     )
 
 
-def test_an_encoder_becomes_a_teacher_that_scores_its_record(
-    tiny_bert: Make, tiny_data: Make, tmp_path: Path
-) -> None:
+def test_an_encoder_becomes_a_teacher_that_scores_its_record(tiny_bert: Make, tiny_data: Make, tmp_path: Path) -> None:
     data = tiny_data(labels=("bad", "good"))
-    record = train(tiny_bert(head=False), data, tmp_path / "teacher", epochs=4)
+    record = train(tiny_bert(head=False), data, tmp_path / "teacher", epochs=8)
     assert record["metrics"]["accuracy"] > 0.9
     assert record | {"metrics": {}, "best_epoch": 0} == {
         "metrics": {},
         "best_epoch": 0,
-        "epochs": 4,
-        "steps": 32,
+        "epochs": 8,
+        "steps": 64,
         "rows": 64,
         "model": "model",
     }

@@ -80,7 +80,7 @@ def schedule(**changes: Any) -> Schedule:
     )
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """What a test raises inside a step to stop a run."""
 
 
@@ -105,7 +105,7 @@ class Run:
         def step(inputs: dict[str, Tensor], labels: Tensor) -> Step:
             assert self.model.training
             if self.steps == stop_at:
-                raise Stopped
+                raise StoppedError
             self.steps += 1
             value = loss(self.steps, F.cross_entropy(self.model(inputs), labels))
             self.extra.total = self.extra.total + value.item()
@@ -179,7 +179,7 @@ def test_two_runs_are_the_same_to_the_bit(tmp_path: Path) -> None:
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, stop_at: int) -> None:
     whole = Run(tmp_path / "whole")
     told = whole.fit()
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         Run(tmp_path / "cut", checkpoint_seconds=0).fit(stop_at=stop_at)
     saved = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*"))
     assert saved == [f"step-{stop_at:08d}.safetensors"]
@@ -200,7 +200,7 @@ def test_a_run_stopped_again_and_again_is_still_the_same(tmp_path: Path) -> None
     whole = Run(tmp_path / "whole")
     whole.fit()
     for _ in range(7):
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             Run(tmp_path / "cut", checkpoint_seconds=0).fit(stop_at=2)
     resumed = Run(tmp_path / "cut")
     resumed.fit()
@@ -212,7 +212,7 @@ def test_a_run_stopped_again_and_again_is_still_the_same(tmp_path: Path) -> None
 def test_what_was_logged_after_the_checkpoint_is_not_there_twice(tmp_path: Path) -> None:
     whole = Run(tmp_path / "whole")
     whole.fit()
-    with pytest.raises(Stopped):  # the only checkpoint is that of the first epoch's end, step 5
+    with pytest.raises(StoppedError):  # the only checkpoint is that of the first epoch's end, step 5
         Run(tmp_path / "cut", checkpoint_seconds=3600).fit(stop_at=8)
     with (tmp_path / "cut" / "log.jsonl").open("a") as handle:
         handle.write('{"step": 9, "epoch": 2, "lo')  # the line a killed process was writing
@@ -234,10 +234,10 @@ def test_an_epoch_evaluated_again_is_not_logged_twice(tmp_path: Path, monkeypatc
 
         def finish_and_die(*arguments: Any) -> None:
             finish(*arguments)
-            raise Stopped
+            raise StoppedError
 
         patch.setattr(training, "_finish_epoch", finish_and_die)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             cut.fit()
     assert [line for line in cut.lines() if "dev" in line]
     resumed = Run(tmp_path / "cut")
@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_checkpoi
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         Run(tmp_path, checkpoint_seconds=0).fit(stop_at=3)
     path = tmp_path / "checkpoints" / "step-00000003.safetensors"
     tensors = load_file(path)

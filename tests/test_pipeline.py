@@ -1,0 +1,326 @@
+"""Stages in a row and by themselves: what is skipped, what is done again, what is refused, what a failure leaves."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import create_autospec
+
+import pytest
+
+from bertemd_deploy import pipeline
+from bertemd_deploy.config import Recipe, build_recipe
+from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, TrainingError
+from bertemd_deploy.files import sha256_file
+
+Task = Callable[..., tuple[Path, Path]]
+Record = dict[str, Any]
+
+
+def recipe(model: Path, folder: Path, **changes: dict[str, Any]) -> Recipe:
+    content: dict[str, dict[str, Any]] = {
+        "teacher": {"model": str(model), "epochs": 1, "batch_size": 16, "learning_rate": 1e-6},
+        "data": {"path": str(folder), "max_length": 32},
+        "student": {"layers": 2, "hidden": 16, "heads": 2, "intermediate": 32},
+        "distill": {"epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
+    }
+    for section, body in changes.items():
+        content[section] = content.get(section, {}) | body
+    return build_recipe(content, where="test")
+
+
+def state(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "state.json").read_text())["stages"])
+
+
+class Calls:
+    """Which training stages really ran."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        for name in ("finetune", "distill"):
+            patch.setattr(pipeline, f"{name}_stage", self._counted(name, getattr(pipeline, f"{name}_stage")))
+
+    def _counted(self, name: str, stage: Callable[..., Record]) -> Callable[..., Record]:
+        def run(*args: Any, **kwargs: Any) -> Record:
+            self.done.append(name)
+            return stage(*args, **kwargs)
+
+        return run
+
+    def take(self) -> list[str]:
+        done, self.done = self.done, []
+        return done
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def test_finished_stages_are_skipped_and_changed_ones_done_again(
+    tiny_task: Task, tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, data = tiny_task()
+    always = {"finetune": "always"}
+    out = tmp_path / "run"
+
+    def run(**options: Any) -> Record:
+        changes = {name: body for name, body in options.items() if isinstance(body, dict)}
+        plain = {name: body for name, body in options.items() if not isinstance(body, dict)}
+        settings = recipe(teacher, data, **({"teacher": always} | changes))
+        return pipeline.run(settings, out=out, stop_after="distill", **plain)
+
+    first = run()
+    assert calls.take() == ["finetune", "distill"]
+    assert (out / "teacher" / "model.safetensors").is_file()
+    assert (out / "student" / "bertemd_student.json").is_file()
+    assert not list((out / "checkpoints").iterdir())
+    assert {name: entry["status"] for name, entry in state(out).items()} == {"finetune": "done", "distill": "done"}
+
+    capsys.readouterr()
+    assert run() == first
+    assert calls.take() == []
+    assert "finetune: unchanged, skipped" in capsys.readouterr().err
+
+    assert run(distill={"epochs": 1})["finetune"] == first["finetune"]
+    assert calls.take() == ["distill"]
+    lines = [json.loads(line) for line in (out / "distill.jsonl").read_text().splitlines()]
+    assert {line["epoch"] for line in lines} == {1}  # the log of the first student is gone
+    assert "epochs: 1" in (out / "recipe.yaml").read_text()
+
+    run(distill={"epochs": 1, "logging_steps": 1, "checkpoint_seconds": 0})
+    run(distill={"epochs": 1}, teacher=always | {"checkpoint_seconds": 0})
+    assert calls.take() == []  # neither is part of the result
+
+    run(distill={"epochs": 1}, from_stage="distill")
+    assert calls.take() == ["distill"]
+    (out / "student" / "model.safetensors").unlink()
+    run(distill={"epochs": 1})
+    assert calls.take() == ["distill"]
+    run(distill={"epochs": 1}, force=True)
+    assert calls.take() == ["finetune", "distill"]
+
+
+def test_a_teacher_with_its_head_is_not_finetuned(tiny_task: Task, tmp_path: Path, calls: Calls) -> None:
+    teacher, data = tiny_task()
+    record = pipeline.run(recipe(teacher, data), out=tmp_path / "run", stop_after="distill")
+    assert calls.take() == ["distill"]
+    assert "finetune" not in record
+    assert state(tmp_path / "run")["finetune"] == {"status": "skipped", "reason": "the teacher has its head"}
+    never = recipe(teacher, data, teacher={"finetune": "never"})
+    assert not pipeline.needs_finetuning(never, teacher)
+
+
+def test_run_can_end_after_finetuning(
+    tiny_bert: Callable[..., Path], tiny_data: Callable[..., Path], tmp_path: Path, calls: Calls
+) -> None:
+    settings = recipe(tiny_bert(layers=4, head=False), tiny_data())
+    record = pipeline.run(settings, out=tmp_path / "run", stop_after="finetune")
+    assert calls.take() == ["finetune"]
+    assert list(record) == ["finetune"]
+    assert (tmp_path / "run" / "teacher" / "model.safetensors").is_file()
+
+
+def test_from_needs_a_known_stage_whose_predecessors_finished(tiny_task: Task, tmp_path: Path) -> None:
+    teacher, data = tiny_task()
+    settings = recipe(teacher, data)
+    with pytest.raises(RecipeError, match="--from: unknown stage 'dream'; known: finetune, distill, export, bench"):
+        pipeline.run(settings, out=tmp_path / "run", from_stage="dream")
+    with pytest.raises(
+        RecipeError, match=r"--from export: finetune, distill did not finish in .*run; leave out --from"
+    ):
+        pipeline.run(settings, out=tmp_path / "run", from_stage="export")
+
+
+def test_a_failed_stage_is_recorded_and_goes_on_where_it_failed(
+    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bertemd_deploy import training
+
+    teacher, data = tiny_task()
+    settings = recipe(teacher, data, distill={"checkpoint_seconds": 0})
+    whole = tmp_path / "whole"
+    pipeline.run(settings, out=whole, stop_after="distill")
+    step = training._train_step
+
+    def fail(*args: Any) -> Any:
+        if args[-1] == 4:
+            raise TrainingError("step 5: the loss is nan.")
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_train_step", fail)
+        with pytest.raises(TrainingError):
+            pipeline.run(settings, out=tmp_path / "run", stop_after="distill")
+    failed = state(tmp_path / "run")["distill"]
+    assert (failed["status"], failed["error"]) == ("failed", "step 5: the loss is nan.")
+    numbers = []
+
+    def watch(*args: Any) -> Any:
+        numbers.append(args[-1])
+        return step(*args)
+
+    monkeypatch.setattr(training, "_train_step", watch)
+    pipeline.run(settings, out=tmp_path / "run", stop_after="distill")
+    assert numbers == [4, 5]
+    assert state(tmp_path / "run")["distill"]["status"] == "done"
+    hashes = {sha256_file(run / "student" / "model.safetensors") for run in (whole, tmp_path / "run")}
+    assert len(hashes) == 1
+
+
+def test_a_damaged_checkpoint_is_left_behind_with_force(
+    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, data = tiny_task()
+    settings = recipe(teacher, data, distill={"checkpoint_seconds": 0})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TrainingError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bertemd_deploy.distill.save_model", fail)
+        with pytest.raises(TrainingError, match="stopped"):
+            pipeline.run(settings, out=tmp_path / "run", stop_after="distill")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints" / "distill").glob("step-*")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:99])
+    with pytest.raises(TrainingError, match="Add --force to start over"):
+        pipeline.run(settings, out=tmp_path / "run", stop_after="distill")
+    pipeline.run(settings, out=tmp_path / "run", stop_after="distill", force=True)
+    assert state(tmp_path / "run")["distill"]["status"] == "done"
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tiny_task: Task, tmp_path: Path) -> None:
+    teacher, data = tiny_task()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"holds something else \(thesis\.txt\) and no state\.json"):
+        pipeline.run(recipe(teacher, data), out=tmp_path / "home")
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
+
+
+class Trainer:
+    """A stand-in for a training stage: counts its runs and writes a model as the real one does."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, work: pipeline.Work, *, beside: Callable[[Path, Record], None]) -> Record:
+        from bertemd_deploy.files import new_folder
+
+        self.runs += 1
+        record = {"run": self.runs}
+        work.checkpoints.mkdir(exist_ok=True)
+        work.log.write_text('{"step": 1}\n')
+        with new_folder(work.out) as folder:
+            (folder / "model.safetensors").write_text(f"weights {self.runs}")
+            beside(folder, record)
+        return record
+
+
+def test_stand_alone_does_nothing_twice_and_starts_over_with_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, train = tmp_path / "out", Trainer()
+    inputs: dict[str, Any] = {"data": "abc", "distill": {"epochs": 2, "seed": 1}}
+    assert pipeline.stand_alone("distill", out, inputs=inputs, force=False, train=train) == {"run": 1}
+    assert sorted(path.name for path in out.iterdir()) == ["distill.jsonl", "model.safetensors", "stage.json"]
+    assert pipeline.stand_alone("distill", out, inputs=inputs, force=False, train=train) == {"run": 1}
+    assert train.runs == 1
+    assert "is finished and its inputs are the same; nothing to do" in capsys.readouterr().err
+
+    other = {"data": "abd", "distill": {"epochs": 3, "seed": 1}}
+    with pytest.raises(ArtifactError) as raised:
+        pipeline.stand_alone("distill", out, inputs=other, force=False, train=train)
+    assert "holds a distill of other inputs (data, distill.epochs)" in str(raised.value)
+    assert (out / "model.safetensors").read_text() == "weights 1"
+    assert pipeline.stand_alone("distill", out, inputs=other, force=True, train=train) == {"run": 2}
+
+    (out / "model.safetensors").unlink()
+    assert pipeline.stand_alone("distill", out, inputs=other, force=False, train=train) == {"run": 3}
+
+
+def test_stand_alone_keeps_what_a_person_put_there(tmp_path: Path) -> None:
+    out, train = tmp_path / "out", Trainer()
+    (out / "notes").mkdir(parents=True)
+    (out / "notes" / "one.txt").write_text("mine")
+    (out / "two.txt").write_text("mine too")
+    with pytest.raises(ArtifactError, match=r"holds something else \(notes, two\.txt\) and no stage\.json"):
+        pipeline.stand_alone("distill", out, inputs={}, force=False, train=train)
+    assert train.runs == 0
+    pipeline.stand_alone("distill", out, inputs={}, force=True, train=train)
+    assert (out / "notes" / "one.txt").read_text() == "mine"
+    assert (out / "two.txt").read_text() == "mine too"
+    assert (out / "model.safetensors").read_text() == "weights 1"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_stand_alone_refuses_a_file(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ArtifactError, match="is a file; --out needs a folder"):
+        pipeline.stand_alone("distill", tmp_path / "out", inputs={}, force=force, train=Trainer())
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_stand_alone_names_a_damaged_record(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stage.json").write_text("{")
+    with pytest.raises(ArtifactError, match="the stage record cannot be read"):
+        pipeline.stand_alone("distill", out, inputs={}, force=False, train=Trainer())
+    (out / "stage.json").write_text('{"stage": "finetune", "inputs": "0"}')
+    with pytest.raises(ArtifactError, match=r"holds a finetune of other inputs \(unknown\)"):
+        pipeline.stand_alone("distill", out, inputs={}, force=False, train=Trainer())
+
+
+def test_export_needs_slices_or_data(tiny_task: Task, tmp_path: Path) -> None:
+    teacher, data = tiny_task()
+    with pytest.raises(
+        ModelError, match=r"carries no bertemd_student\.json, so there are no dev examples .* Add --data"
+    ):
+        pipeline.export_stage(recipe(teacher, data), teacher, tmp_path / "artifact")
+    with pytest.raises(BertemdError, match="there is no such folder"):
+        pipeline.export_stage(recipe(teacher, data), tmp_path / "absent", tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_the_whole_pipeline_ends_in_a_report_and_a_second_run_does_nothing(
+    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, data = tiny_task()
+
+    def measure(_artifact: Path, *, teacher: Path | None, out: Path, settings: Any, force: bool = False) -> Record:
+        out.mkdir()
+        (out / "record.json").write_text(json.dumps({"rounds": settings.rounds, "teacher": str(teacher)}))
+        return {"measurements": [1, 2, 3]}
+
+    def write_page(records: list[Path], *, out: Path, force: bool = False) -> Path:
+        out.mkdir()
+        (out / "index.html").write_text(records[0].read_text())
+        return out / "index.html"
+
+    for real, stand_in in (
+        ("bertemd_deploy.bench.compare.bench", measure),
+        ("bertemd_deploy.report.report", write_page),
+    ):
+        monkeypatch.setattr(real, create_autospec(pkgutil.resolve_name(real), side_effect=stand_in))
+    settings = recipe(teacher, data, quantize={"mode": "none"}, bench={"rounds": 3})
+    out = tmp_path / "run"
+    record = pipeline.run(settings, out=out)
+    assert {name: entry["status"] for name, entry in state(out).items()} == {
+        "finetune": "skipped",
+        "distill": "done",
+        "export": "done",
+        "bench": "done",
+        "report": "done",
+    }
+    assert record["export"]["metrics"]["student"] == record["distill"]["metrics"]["student"]
+    assert Path(record["artifact"], "onnx", "model.onnx").is_file()
+    assert json.loads(Path(record["page"]).read_text()) == {"rounds": 3, "teacher": str(teacher)}
+    assert record["bench"] == {"record": "bench/record.json", "measurements": 3}
+    capsys.readouterr()
+    assert pipeline.run(settings, out=out) == record
+    assert capsys.readouterr().err.count("unchanged, skipped") == 4
