@@ -237,7 +237,7 @@ def _recipe(path: Path | None, given: Mapping[str, Mapping[str, Any]], overrides
     from bertemd_deploy.config import load_recipe, options_recipe
 
     settings = [
-        f"{section}.{key}={json.dumps(value)}"
+        f"{section}.{key}={json.dumps(value, ensure_ascii=False)}"
         for section, body in given.items()
         for key, value in body.items()
         if value is not None

@@ -84,11 +84,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             `folder` is unchanged.
     """
     folder = folder.resolve() if folder.is_symlink() else folder
-    if folder.name in ("", "..") or folder.is_mount():
-        raise ArtifactError(
-            f"{folder}: is the current folder, a parent or a mount point and cannot be replaced whole. "
-            "Name a folder below it, as in --out OUT/NAME."
-        )
+    check_replaceable(folder)
     partial, previous = _beside(folder, PARTIAL), _beside(folder, PREVIOUS)
     try:
         _recover(folder.parent, only=folder.name)
@@ -106,6 +102,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if previous.exists():
             _put_back(previous, folder)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder that `new_folder` could not replace whole, before hours of work go into it.
+
+    Raises:
+        ArtifactError: `folder` is the current folder, a parent, or a mount point.
+    """
+    if folder.name in ("", "..") or folder.is_mount():
+        raise ArtifactError(
+            f"{folder}: is the current folder, a parent or a mount point and cannot be replaced whole. "
+            "Name a folder below it, as in --out OUT/NAME."
+        )
 
 
 def write_error(path: Path, error: OSError) -> ArtifactError:

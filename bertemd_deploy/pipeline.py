@@ -20,7 +20,16 @@ from bertemd_deploy.config import DataSettings, DistillSettings, Recipe, Teacher
 from bertemd_deploy.console import note
 from bertemd_deploy.data import Dataset, load_data
 from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError
-from bertemd_deploy.files import PARTIAL, claim_folder, read_json, sha256_file, sha256_json, write_json, write_text
+from bertemd_deploy.files import (
+    PARTIAL,
+    check_replaceable,
+    claim_folder,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 
 STATE = "state.json"
 STAGE = "stage.json"
@@ -152,6 +161,7 @@ def stand_alone(
     Raises:
         ArtifactError: `out` holds something else, or the same stage with other inputs.
     """
+    check_replaceable(out)
     digest = sha256_json(inputs)
     marker = out / STAGE
     claim_folder(out, marker=STAGE, force=force)

@@ -79,12 +79,15 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def timed_turn(calls: Sequence[Call], *, lead: bool, clock: Clock = time.perf_counter) -> Turn:
+def timed_turn(
+    calls: Sequence[Call], *, lead: bool, most_seconds: float | None = None, clock: Clock = time.perf_counter
+) -> Turn:
     """Time each of `calls` once, in order.
 
     Args:
         calls: what to run.
         lead: make one untimed call first, because another model had the caches in between.
+        most_seconds: end the turn early once it has taken so long (the machine became busy); None runs all calls.
         clock: seconds, monotonic.
     """
     samples: list[float] = []
@@ -92,9 +95,13 @@ def timed_turn(calls: Sequence[Call], *, lead: bool, clock: Clock = time.perf_co
         if lead:
             calls[0]()
         cpu = time.process_time()
+        started = clock()
         for call in calls:
             before = clock()
             call()
-            samples.append(1000 * (clock() - before))
+            after = clock()
+            samples.append(1000 * (after - before))
+            if most_seconds is not None and after - started >= most_seconds:
+                break
         cpu = time.process_time() - cpu
     return Turn(samples, cpu)

@@ -29,6 +29,7 @@ COLD_SEQUENCE = 32
 SETTLE_SECONDS = 0.005  # before a turn: OpenMP threads of the model before spin on for some milliseconds
 WARM_UP_SHARE = 3  # the warm-up may take a third of what the timing takes
 LEAST_CALLS = 3
+OVERRUN = 4  # times its planned seconds that a turn of fixed shape may take before it ends early
 LEAST_REPLAYED = 4  # rows a round, for a mixture of lengths; and two requests
 MOST_CALLS = 2000  # in a round; bounds the record's size for a model of microseconds
 DISTURBANCE = 0.2  # CPUs that other programs may take of those a cell needs before its speed-ups are not claimed
@@ -174,13 +175,20 @@ def _time_cell(
     seconds = settings.seconds_per_cell / settings.rounds
     medians = [timing.warm_up["median_ms"] for timing in timings]
     counts = [calls_per_round(median_ms, seconds=seconds) for median_ms in medians]
-    if cell.sequence == REPLAY:
+    most_seconds: float | None = OVERRUN * seconds
+    if cell.sequence == REPLAY:  # never cut short: all models run the same requests
+        most_seconds = None
         counts = [requests_per_round(medians, batch=cell.batch, seconds=seconds)] * len(workers)
     for number in range(settings.rounds):
         for at in generator.permutation(len(workers)):
             time.sleep(SETTLE_SECONDS)
             turn = workers[at].request(
-                "turn", lead=medians[at] < 1000 * seconds, start=number * counts[at], count=counts[at], **fields
+                "turn",
+                lead=medians[at] < 1000 * seconds,
+                most_seconds=most_seconds,
+                start=number * counts[at],
+                count=counts[at],
+                **fields,
             )
             timings[at].rounds.append(turn["samples_ms"])
             timings[at].cpu_seconds += turn["cpu_seconds"]

@@ -156,11 +156,11 @@ class Session:
         done = warm_up(self._calls(**cell), seconds=seconds)
         return {"calls": done.calls, "steady": done.steady, "median_ms": done.median_ms}
 
-    def turn(self, *, lead: bool, **cell: Any) -> dict[str, Any]:
+    def turn(self, *, lead: bool, most_seconds: float | None, **cell: Any) -> dict[str, Any]:
         """Time the calls of a cell: samples_ms, cpu_seconds."""
         from bertemd_deploy.bench.latency import timed_turn
 
-        done = timed_turn(self._calls(**cell), lead=lead)
+        done = timed_turn(self._calls(**cell), lead=lead, most_seconds=most_seconds)
         return {"samples_ms": done.samples_ms, "cpu_seconds": done.cpu_seconds}
 
     def memory(self, *, batches: list[int]) -> dict[str, Any]:

@@ -75,6 +75,13 @@ def test_leading_call_is_not_a_sample():
     assert clock.made == 3
 
 
+@pytest.mark.parametrize(("most_seconds", "samples"), [(None, 4), (0.015, 2), (0.001, 1)])
+def test_turn_ends_early_when_it_takes_too_long(most_seconds, samples):
+    clock = Clock(0.010)
+    turn = timed_turn([clock.call] * 4, lead=False, most_seconds=most_seconds, clock=clock)
+    assert len(turn.samples_ms) == clock.made == samples
+
+
 def test_turn_counts_the_cpu_seconds_of_its_calls():
     def work() -> None:
         sum(range(300_000))

@@ -54,10 +54,12 @@ def test_a_whole_session(artifact_folder):
         assert worker.request("first", sequence=MAX_LENGTH)["first_ms"] > 0
         warm = worker.request("warm", seconds=0.05, count=5, batch=2, sequence=4)
         assert warm["calls"] >= 2
-        turn = worker.request("turn", lead=True, count=7, batch=2, sequence=4)
+        turn = worker.request("turn", lead=True, most_seconds=None, count=7, batch=2, sequence=4)
         assert len(turn["samples_ms"]) == 7
         for texts in (False, True):
-            turn = worker.request("turn", lead=False, start=3, count=4, batch=3, sequence="replay", texts=texts)
+            turn = worker.request(
+                "turn", lead=False, most_seconds=None, start=3, count=4, batch=3, sequence="replay", texts=texts
+            )
             assert len(turn["samples_ms"]) == 4
         logits = np.array(worker.request("evaluate")["logits"])
         assert logits.shape == (12, 2)
