@@ -22,6 +22,7 @@ from bertemd_deploy.artifact import GRAPHS
 from bertemd_deploy.errors import RecipeError
 from bertemd_deploy.tasks import TASKS
 
+Precision = Literal["auto", "float32", "bfloat16"]
 Mapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
 MAPPINGS: tuple[str, ...] = typing.get_args(Mapping)
 
@@ -39,6 +40,8 @@ class TeacherSettings:
         model: Hugging Face folder, hub id, or `package:IMPORT_NAME/sub/folder`.
         sha256: expected hash of its `model.safetensors`; null checks none.
         finetune: "auto" fine-tunes a checkpoint without a classification head, "always" any, "never" none.
+        precision: of matrix products in training; "auto" is bfloat16 where the processor has it (AVX512-BF16, AMX).
+            Weights, optimiser, costs and losses stay float32.
     """
 
     model: str = ""
@@ -50,6 +53,7 @@ class TeacherSettings:
     warmup_ratio: float = _bounded(0.1, 0, 1)
     weight_decay: float = _bounded(0.01, 0, 1)
     seed: int = _bounded(42, 0, 2**31)
+    precision: Precision = "auto"
     checkpoint_seconds: float = _bounded(60.0, 0)
 
 
@@ -105,6 +109,7 @@ class DistillSettings:
         cost_attention: form of the marginals' update; emd_temperature (T_emd) belongs to "softmax".
         separate_marginals: keep attention and hidden marginals apart instead of averaging them.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
+        precision: of matrix products in training, as in `TeacherSettings`.
         checkpoint_seconds: longest time between two resumable checkpoints.
     """
 
@@ -125,6 +130,7 @@ class DistillSettings:
     separate_marginals: bool = False
     hidden_projection: bool = False
     seed: int = _bounded(42, 0, 2**31)
+    precision: Precision = "auto"
     logging_steps: int = _bounded(10, 1)
     checkpoint_seconds: float = _bounded(60.0, 0)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bertemd_deploy.artifact import DataSlice, read_slices, write_slices
+from bertemd_deploy.bench.environment import uses_bfloat16
 from bertemd_deploy.checkpoints import WEIGHTS, checked_encoder, find_model, label_order
 from bertemd_deploy.config import DistillSettings, StudentSettings
 from bertemd_deploy.console import note, warn
@@ -152,6 +153,7 @@ def distill(
             settings.max_grad_norm,
             settings.logging_steps,
             settings.checkpoint_seconds,
+            uses_bfloat16(settings.precision),
         ),
         data=train,
         pad_id=encoder.pad_id,
@@ -170,6 +172,7 @@ def distill(
         "best_epoch": done.best_epoch,
         "steps": done.step,
         "seed": settings.seed,
+        "precision": "bfloat16" if uses_bfloat16(settings.precision) else "float32",
         "train_rows": len(train.labels),
         "start": start,
     }  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bertemd_deploy.bench.environment import uses_bfloat16
 from bertemd_deploy.checkpoints import checked_encoder
 from bertemd_deploy.config import TeacherSettings
 from bertemd_deploy.data import Dataset
@@ -71,6 +72,7 @@ def finetune(
             settings.weight_decay,
             settings.seed,
             checkpoint_seconds=settings.checkpoint_seconds,
+            bfloat16=uses_bfloat16(settings.precision),
         ),
         data=train,
         pad_id=encoder.pad_id,

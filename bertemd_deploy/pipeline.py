@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bertemd_deploy import __version__
+from bertemd_deploy.bench.environment import uses_bfloat16
 from bertemd_deploy.checkpoints import WEIGHTS, find_model, has_head
-from bertemd_deploy.config import DataSettings, DistillSettings, Recipe, TeacherSettings
+from bertemd_deploy.config import DataSettings, DistillSettings, Precision, Recipe, TeacherSettings
 from bertemd_deploy.console import note
 from bertemd_deploy.data import Dataset, load_data
 from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError
@@ -359,19 +360,30 @@ class _Run:
 
 def finetune_inputs(recipe: Recipe, folder: Path, shared: dict[str, Any]) -> dict[str, Any]:
     """Return everything a fine-tuned teacher depends on; how often to save is not part of it."""
-    settings = replace(recipe.teacher, checkpoint_seconds=TeacherSettings().checkpoint_seconds)
+    precision = _resolved(recipe.teacher.precision)
+    settings = replace(recipe.teacher, precision=precision, checkpoint_seconds=TeacherSettings().checkpoint_seconds)
     return shared | {"weights": sha256_file(folder / WEIGHTS), "teacher": asdict(settings)}
 
 
 def distill_inputs(recipe: Recipe, teacher: Path, shared: dict[str, Any]) -> dict[str, Any]:
     """Return everything a student depends on; how often to log or save is not part of it."""
     plain = DistillSettings()
-    settings = replace(recipe.distill, logging_steps=plain.logging_steps, checkpoint_seconds=plain.checkpoint_seconds)
+    settings = replace(
+        recipe.distill,
+        precision=_resolved(recipe.distill.precision),
+        logging_steps=plain.logging_steps,
+        checkpoint_seconds=plain.checkpoint_seconds,
+    )
     return shared | {
         "teacher": sha256_file(teacher / WEIGHTS),
         "student": asdict(recipe.student),
         "distill": asdict(settings),
     }
+
+
+def _resolved(precision: Precision) -> Precision:
+    """Return what "auto" is on this machine: another precision gives another model."""
+    return "bfloat16" if uses_bfloat16(precision) else "float32"
 
 
 def export_record(artifact: Any) -> dict[str, Any]:

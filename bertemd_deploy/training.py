@@ -38,7 +38,7 @@ _STEP_SEED = 1_000_003  # a prime, so that (seed, step) pairs seldom share a dro
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; names as in `config.DistillSettings`."""
+    """How long and how fast to train; names as in `config.DistillSettings`. `bfloat16` is for matrix products only."""
 
     epochs: int
     batch_size: int
@@ -49,6 +49,7 @@ class Schedule:
     max_grad_norm: float = 1.0
     logging_steps: int = 10
     checkpoint_seconds: float = 60.0
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def _train_step(
     torch.manual_seed(schedule.seed * _STEP_SEED + number)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    result = step(inputs, labels)
+    with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bfloat16):
+        result = step(inputs, labels)
     if not torch.isfinite(result.loss):
         raise TrainingError(
             f"step {number + 1}: the loss is {result.loss.item()}. Lower the learning rate (distill.learning_rate or "

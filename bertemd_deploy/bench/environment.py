@@ -87,6 +87,17 @@ def _processor(root: Path) -> tuple[str | None, list[str] | None]:
     return platform.processor() or None, None
 
 
+def uses_bfloat16(precision: str, root: Path = Path("/")) -> bool:
+    """Say whether training of this `precision` ("auto", "float32", "bfloat16") multiplies in bfloat16 on this processor.
+
+    "auto" does so on x86 with AVX512-BF16 or AMX, where it is about 1.7 times as fast as float32.
+    """
+    if precision != "auto":
+        return precision == "bfloat16"
+    _, isa = _processor(root)
+    return bool({"avx512_bf16", "amx_bf16"} & set(isa or ()))
+
+
 def device(root: Path = Path("/")) -> dict[str, Any]:
     """Return the facts of this machine as a record's `device`.
 
