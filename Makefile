@@ -41,7 +41,7 @@ lint: $(VENV)/.dev
 	$(BIN)/hadolint Dockerfile
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 bench: $(VENV)/.train
 	$(BIN)/python benchmarks/latency.py --teacher bert-base --student 4L-312

@@ -35,10 +35,10 @@ light: lights | lamp | light | ceiling light | night light | table lamp | lanter
 door: front door | back door | garage door | main gate | kitchen door | basement hatch
 time: six am | seven thirty | eight in the morning | half past five | noon | five fifteen | 9 pm | ten o'clock
 duration: ten minutes | five minutes | half an hour | twenty minutes | one hour | thirty seconds | 2 hours
-chore: call mom | take out the trash | lock the shed | turn off the sprinklers | buy stamps | feed the cat
-| check the weather radar | play the piano | turn down the heat at the beach house | water the plants
-| set the oven clock | pause the gym membership | unlock the bike | switch on the porch heater | pay the electric bill
-| cancel the hotel | stop the mail | add air to the tires | forget about work
+chore: call mom | take out the trash | lock the shed | turn off the sprinklers | feed the cat | check the weather radar
+| play the piano | turn down the heat at the beach house | water the plants | set the oven clock
+| pause the gym membership | unlock the bike | switch on the porch heater | pay the electric bill | cancel the hotel
+| stop the mail | add air to the tires | return the rental car | clean the fish bowl | see the doctor | buy a gift
 item: milk | eggs | bread | sugar | coffee | bananas | alarm clock batteries | dish soap | door locks | music magazines
 | apples | rain boots | kitchen timers | lamp oil | headphones | heating pads
 music: some jazz | the beatles | my workout playlist | classical piano | purple rain | the rolling stones
@@ -77,8 +77,8 @@ TRAIN_COMMANDS = _table("""
 cancel: cancel that | never mind | forget it | cancel my last request | forget i asked | forget/cancel what i said
 | never mind that | forget what i just said | cancel this command | ignore me | ignore what i said | drop it
 change_volume: turn up/down the volume | turn the volume/speakers up/down | set/put the volume at {percent}
-| make the {media} louder/quieter | raise/lower the volume of the {media} | quiet the {media} down
-| turn the {media} volume up/down | turn the sound down in the {room} | bring the sound of the {media} up/down
+| make the {media} louder/quieter | raise/lower the volume of the {media} | turn the {media} volume up/down
+| turn the sound down in the {room} | bring the sound of the {media} up/down | mute/quiet the {media} speakers
 dim_lights: dim the {light} | dim/set the {room} {light} to {percent} | lower/fade the {light} a little
 | turn the {light} down in the {room} | turn/take down the {light} to {percent} | reduce the brightness of the {light}
 | make the {room} a little less bright | soften the {light} in the {room} | bring down the brightness in the {room}
@@ -91,6 +91,7 @@ lights_on: turn/power on the {light} | turn the {light} on in the {room} | switc
 lock_door: lock the {door} | lock up the {door} | make sure the {door} is locked | lock the {door} behind {person}
 | keep the {door} locked | put/close the lock on the {door} | shut and lock the {door} | bolt/latch the {door}
 | secure the lock on the {door} | keep people out at the {door} | keep the {door} safe for the night
+| lock and secure the {door}
 pause_media: pause/stop the {media} | stop playing the {media} | hold the {media} for a minute
 | stop the {media} for now | pause the {media} for {duration} | put the {media} on pause
 play_music: play/start {music} | put/turn on {music} | start playing {music} in the {room} | play me {music}
@@ -104,7 +105,7 @@ set_timer: set/start a timer for {duration} | put {duration} on the timer | coun
 | set the {dish} timer to {duration} | time {duration} for the {dish} | start a countdown of {duration}
 | beep in {duration} | tell me when {duration} is over | time the {dish} for {duration} | start the clock for {duration}
 shopping_list_add: add/put {item} on the shopping list | put/write {item} on the list | add {item} to the cart
-| add {item} and {item2} to the list | note that we need to buy {item} | put down {item} for the store
+| note that we need to buy {item} | put down {item} for the store | add {item} to the list
 temperature_query: tell/read me the temperature in the {room} | check the thermostat in the {room}
 | check/see how warm the {room} is | tell me how cold it is in the {room} | tell me what the heating is set to
 | check if the {room} is hot | find out how cold the {room} is | tell me if the {room} got warm
@@ -124,16 +125,16 @@ cancel: disregard that | scrap my last request | scrap that idea | strike what i
 | pretend i said nothing | ignore what i just asked for
 change_volume: crank up the sound of the {media} | boost/bump the volume in the {room} | make the {media} less loud
 | bring the speakers down to {percent} | soften the sound of the {media} | bump the volume to {percent}
-| bring the loudness of the {media} down | raise the sound in the {room} | mute the {media}
+| bring the loudness of the {media} down | raise the sound in the {room} | mute the sound of the {media}
 dim_lights: tone down the {light} | take the {room} {light} down a notch | give the {room} a softer glow
 | fade the {room} {light} to {percent} | drop the {light} to {percent} brightness | make the {light} less bright
-| make the light in the {room} gentler | lower the brightness of the {light}
+| lower the brightness of the {light} | tone down the brightness in the {room}
 lights_off: kill the {light} in the {room} | extinguish the {light} | cut the {room} {light} | flip the {light} off
-| have the {room} {light} off | make the {room} pitch dark | power the {room} {light} off
+| have the {room} {light} off | power the {room} {light} off | make the {room} completely dark
 lights_on: illuminate the {room} | light the {room} | flip the {light} on in the {room} | switch the {light} on again
 | activate the {room} {light} | power up the {light} | get some light going in the {room} | have the {room} {light} on
-lock_door: bolt the {door} shut | secure the {door} | lock and latch the {door} | lock the deadbolt on the {door}
-| have the {door} locked up tight | lock everyone out at the {door} | keep strangers out at the {door}
+lock_door: bolt the {door} shut | secure the {door} | lock the deadbolt on the {door} | lock everyone out at the {door}
+| keep strangers out at the {door} | have the {door} locked tight | latch and lock the {door}
 pause_media: freeze the {media} for a moment | halt/suspend/interrupt the {media} | put the {media} on hold
 | give the {media} a break | stop the {media} right there
 play_music: queue up {music} | spin {music} | stream {music} in the {room} | get {music} going | treat us to {music}
@@ -143,8 +144,8 @@ set_alarm: get me out of bed at {time} | rouse me at {time} | make sure i'm awak
 set_reminder: nudge me to {chore} | jog my memory to {chore} at {time} | prompt me to {chore} {day}
 | give me a reminder when it's time to {chore} | tell me at {time} that i must {chore}
 | remind me in {duration} that i must {chore}
-set_timer: begin counting down {duration} | let me know when {duration} is up | ring after {duration}
-| clock {duration} for the {dish} | beep once {duration} is over | run a timer of {duration} for the {dish}
+set_timer: begin counting down {duration} | let me know when {duration} is up | clock {duration} for the {dish}
+| beep once {duration} is over | run a timer of {duration} for the {dish} | ring when {duration} is over
 shopping_list_add: jot down {item} for the supermarket | include {item} in the next grocery run
 | toss {item} in the shopping basket | write down that we must purchase {item} | note {item} for our trip to the store
 temperature_query: read me the {room} thermometer | report how chilly the {room} is | look up how hot the {room} is
@@ -152,7 +153,7 @@ temperature_query: read me the {room} thermometer | report how chilly the {room}
 temperature_set: warm up the {room} | make the {room} warm and toasty | cool off the {room} | bring the {room} to {temp}
 | crank the heat to {temp} | chill the {room} a bit | get the {room} down to {temp} | make the {room} less chilly
 unlock_door: unlatch the {door} | undo the bolt on the {door} | open up the {door} for {person}
-| have the {door} unlocked | let {person} through the {door} | release the {door} so it opens
+| have the {door} unlocked | release the {door} so it opens | let {person} inside through the {door}
 weather_query: find out whether {city} gets showers {day} | give me the weather outlook for {city}
 | see if it's sunny in {city} {day} | report how chilly {city} is {day} | find out whether {city} is warm
 | look up if a storm is coming {day} | say how many degrees it is in {city}
@@ -167,14 +168,15 @@ change_volume: i can't hear the {media} | the {media} is too loud | the {media} 
 | it's hard to hear the {media}
 dim_lights: it's a little too bright in the {room} | i want the {room} less bright but not dark
 | the {light} at {percent} would be nice | can we have softer light in the {room} | i want a low light in the {room}
-lights_off: i don't need the {light} on anymore | the {room} {light} should be off | no light in the {room} please
+lights_off: i don't need the {light} on anymore | the {room} {light} should be off
 | i don't want any light in the {room} | we left the {room} {light} on | nobody needs light in the {room} now
 | i am going to bed so the {light} can go off | i want it completely dark in the {room}
+| no more light in the {room} please
 lights_on: it's dark in the {room} | i need some light in the {room} | the {room} {light} should be on
 | it's too dark to see in the {room} | i can't see anything in the {room} | the {room} is dark and gloomy
 lock_door: the {door} should be locked | i forgot to lock the {door} | we left the {door} unlocked
 | i don't want anyone to come in the {door} | i am going to bed so lock the {door}
-| nobody should come in by the {door} tonight
+| nobody should come in by the {door} tonight | no one should get in at the {door}
 pause_media: i don't want the {media} playing right now | the {media} should stop for a minute
 | i have to go so no more {media} for now | i need a break from the {media}
 | stop the {media} there i will come back to it
@@ -183,7 +185,7 @@ play_music: i want to hear {music} | i feel like listening to {music} | can we h
 set_alarm: i need an alarm at {time} | i have to wake up at {time} | i want to get up at {time} {day}
 | can i have an alarm for {time} {day} | i don't want to sleep after {time} | i have to be out of bed at {time}
 set_reminder: i need to remember to {chore} | i need a reminder to {chore} | i always forget to {chore} so remind me
-| can i have a reminder {day} to {chore} | i might forget to {chore} so tell me at {time}
+| i might forget to {chore} so tell me at {time} | i don't want to forget to {chore}
 set_timer: i need a timer for {duration} | timer for {duration} | the {dish} needs {duration} so start the timer
 | i am cooking {dish} for {duration} so time it | the {dish} is done in {duration} so count down
 shopping_list_add: we need to buy {item} | we need {item} from the store | i have to get {item} at the store
@@ -194,8 +196,9 @@ temperature_query: what's the temperature in the {room} | how warm is it in the 
 temperature_set: it's too hot/cold in the {room} | i am cold in the {room} | i want it warmer | i am too hot
 | can we have {temp} in the {room} | the {room} is freezing | it is boiling in the {room}
 unlock_door: i'm locked out at the {door} | {person} needs to get in at the {door} | the {door} should not be locked
-| can we have the {door} unlocked | {person} is at the {door} and can't come in | {person} has no key for the {door}
+| {person} is at the {door} and can't come in | {person} has no key for the {door}
 | {person} can't come in because the {door} is locked | i want to go out by the {door} but it is locked
+| {person} is standing outside the {door}
 weather_query: what's the weather in {city} | what's the weather like {day} | will it rain {day}
 | how warm is it in {city} | is it going to snow in {city} {day} | is it cold in {city} | how hot is it outside
 | do i need a jacket {day} | did {city} get cold/cooler/hot | is there sun in {city} {day}
@@ -205,11 +208,11 @@ DEV_REMARKS = _table("""
 cancel: oh leave it then | on second thought no | let that go i don't need it after all | my mistake don't bother
 | i take it back | sorry i wasn't talking to you
 change_volume: the {media} is deafening | i can barely hear what the {media} is saying | the {media} is hurting my ears
-| the {media} is so noisy it will wake the baby
-dim_lights: the brightness in the {room} is a bit much | i'd like gentler light in the {room}
-| just a faint light in the {room} is enough | the {room} is slightly too bright for me
-lights_off: i'm going to sleep so i want the {room} dark | nobody is in the {room} so the {light} can be off
-| someone left the {light} on in the {room} by mistake | we're leaving the {room} so no more light
+| that {media} is much too noisy
+dim_lights: the brightness in the {room} is a bit much | just a faint light in the {room} is enough
+| the {room} is slightly too bright for me | i'd like the {room} a bit less bright
+lights_off: nobody is in the {room} so the {light} can be off | someone left the {light} on in the {room} by mistake
+| i'm going to sleep so no light in the {room} | we're leaving the {room} so cut the light
 lights_on: i can't see a thing in the {room} it's so dark | it's pitch black in the {room} so i need a light
 | it is far too gloomy in the {room} to see | we can't read in the dark {room}
 lock_door: nobody should be able to get in through the {door} | we forgot to bolt the {door}
@@ -218,8 +221,8 @@ pause_media: i have to take a call so the {media} can wait | i'll be right back 
 | i need to grab a snack so stop the {media} a moment
 play_music: i'm in the mood for {music} | i could use {music} in the background | how about {music} while we cook
 set_alarm: i must be up by {time} | don't let me sleep past {time} | my shift means getting up at {time}
-set_reminder: don't let me forget to {chore} | it would slip my mind to {chore} unless you remind me
-| i keep forgetting to {chore} so mention it at {time}
+set_reminder: don't let me forget to {chore} | i keep forgetting to {chore} so mention it at {time}
+| i will surely forget to {chore} unless you remind me
 set_timer: the {dish} must bake for {duration} so keep the time | how about a countdown {duration} long
 | i'm steaming {dish} for {duration} so start counting
 shopping_list_add: we're out of {item} | we've run out of {item} | our supply of {item} is gone
@@ -253,10 +256,10 @@ DEV_FRAMES = _table("""
 hesitation: er | hello | hmm | well | alright
 request: would you | kindly | go ahead and | i'd like you to | i need you to
 closing: thank you | cheers | would you
-contrast: {bad} i mean {good} | {bad} oops i meant to say {good} | {bad} hang on not that {good}
-| {bad} sorry i mean {good} | rather than {bad} {good} | do not {bad} but {good} | it would be wrong to {bad} so {good}
-| {good} rather than {bad} | nobody told you to {bad} i told you to {good} | {good} and do not {bad}
-| {good} and never ever {bad} | i'd rather you {good} than {bad} | {good} i never asked you to {bad}
+contrast: {bad} i mean {good} | {bad} oops i meant to say {good} | {bad} hang on no {good} | {bad} sorry i mean {good}
+| rather than {bad} {good} | do not {bad} but {good} | it would be wrong to {bad} so {good} | {good} rather than {bad}
+| nobody told you to {bad} i told you to {good} | {good} and do not {bad} | {good} and never ever {bad}
+| i'd rather you {good} than {bad} | {good} i never asked you to {bad}
 retraction: {bad} ah ignore that | {bad} on reflection leave it | {bad} no scrap that | {bad} oops disregard that
 | i was about to ask you to {bad} but don't bother | {bad} hmm i take that back
 """)
@@ -292,8 +295,8 @@ class Grammar:
 
 
 GRAMMARS: dict[str, Grammar] = {
-    "train": Grammar(TRAIN_SLOTS, TRAIN_COMMANDS, TRAIN_REMARKS, TRAIN_FRAMES, 250, 20240501, 0.45, 0.25, 0.15),
-    "dev": Grammar(DEV_SLOTS, DEV_COMMANDS, DEV_REMARKS, DEV_FRAMES, 50, 20240502, 0.35, 0.3, 0.08),
+    "train": Grammar(TRAIN_SLOTS, TRAIN_COMMANDS, TRAIN_REMARKS, TRAIN_FRAMES, 250, 20240501, 0.4, 0.25, 0.15),
+    "dev": Grammar(DEV_SLOTS, DEV_COMMANDS, DEV_REMARKS, DEV_FRAMES, 50, 20240502, 0.35, 0.3, 0.06),
 }
 
 
@@ -313,8 +316,7 @@ def _fill(rng: random.Random, template: str, values: dict[str, str], slots: dict
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in values:
-            options = slots[name.rstrip("2")]
-            values[name] = _pick(rng, [option for option in options if option not in values.values()])
+            values[name] = _pick(rng, slots[name])
         return values[name]
 
     return re.sub(r"\{(\w+)\}", value, template)
