@@ -1,6 +1,11 @@
 """The embedded demo corpus: spoken smart-home commands, 16 intents, 4,000 train and 800 dev utterances.
 
-MEASURED_DOC
+Owns the grammar (templates, slot values, frames) and the rows drawn from it. Dev shares no template, frame or slot value
+with train: it asks for known intents in new words (illuminate, toasty) and in new turns of speech that name a rival intent
+too ("rather than bolt the side door shut unlatch it"), where only word order and meaning tell which one is wanted.
+
+Dev accuracy of linear models: 0.598 with unigram counts, 0.646 with tf-idf of 1-2 grams (logistic regression, C=1; C=10 is
+no better). A six-layer MiniLM (lr 1e-4, batch 64) was at 0.845 after two of four epochs; its end point is not measured yet.
 """
 
 from __future__ import annotations
@@ -336,9 +341,8 @@ def _slip(rng: random.Random, text: str) -> str:
     at = long[_below(rng, len(long))]
     word = words[at]
     cut = 1 + _below(rng, len(word) - 3)
-    words[at] = word[:cut] + _pick(
-        rng, (word[cut + 1 :], word[cut] + word[cut:], word[cut + 1] + word[cut] + word[cut + 2 :])
-    )
+    dropped, doubled = word[cut + 1 :], word[cut] + word[cut:]
+    words[at] = word[:cut] + _pick(rng, (dropped, doubled, word[cut + 1] + word[cut] + word[cut + 2 :]))
     return " ".join(words)
 
 

@@ -12,8 +12,8 @@ import pytest
 from bertemd_deploy import demo
 
 SHA256 = {
-    "train": "b72a4d9f9debefd97451ce11d4a1998d26cfac56879502c4e91b19f1e2861cec",
-    "dev": "61d0d71db664c40aaa760eec77db25e9661021f23a86261ba3dbeb81bdcafa5c",
+    "train": "70c53775b15e0088311b0562d93f3ad7828a59cf26b430ca365f78097ecf8f03",
+    "dev": "eb28df85034b134b02f5f59aa17d6c9bd4767de581425d143f0d090a63e132ee",
 }
 BAG_OF_WORDS_BOUND = 0.70
 
