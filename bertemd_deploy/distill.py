@@ -78,8 +78,11 @@ class Distiller(nn.Module):
                 nn.init.eye_(self.projection.weight)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Return W h, or h where there is no W."""
-        projected: Tensor = hidden if self.projection is None else self.projection(hidden)
+        """Return W h, or h where there is no W; in float32 also under autocast, since costs are made of it."""
+        if self.projection is None:
+            return hidden
+        with torch.autocast(hidden.device.type, enabled=False):
+            projected: Tensor = self.projection(hidden.float())
         return projected
 
 

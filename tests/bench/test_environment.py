@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from pathlib import Path
 
 import pytest
 
@@ -182,3 +183,21 @@ def test_other_work_is_never_negative(monkeypatch):
     watch = OtherWork([1])
     fake.own = 3.0
     assert watch.cpus_busy() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("precision", "flags", "expected"),
+    [
+        ("auto", "fpu avx2 avx512f avx512_bf16", True),
+        ("auto", "fpu avx2 amx_bf16 amx_int8", True),
+        ("auto", "fpu avx2 avx512f", False),
+        ("bfloat16", "fpu", True),
+        ("float32", "fpu avx512_bf16", False),
+    ],
+)
+def test_training_multiplies_in_bfloat16_where_asked_or_where_the_processor_has_it(
+    tmp_path: Path, precision: str, flags: str, expected: bool
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(f"model name : Some CPU\nflags : {flags}\n")
+    assert environment.uses_bfloat16(precision, root=tmp_path) is expected
