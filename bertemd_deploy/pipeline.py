@@ -91,9 +91,16 @@ def distill_stage(
         out=work.out,
         checkpoints=work.checkpoints,
         log=work.log,
-        teacher_name=recipe.teacher.model.rstrip("/").rsplit("/", 1)[-1],
+        teacher_name=_display_name(recipe.teacher.model),
         **extra,
     )
+
+
+def _display_name(spec: str) -> str:
+    """Return what a model is called on a page: a package's name, or the last part of a folder or hub id."""
+    if spec.startswith("package:"):
+        return spec.removeprefix("package:").partition("/")[0]
+    return Path(spec).resolve().name if Path(spec).exists() else spec.rsplit("/", 1)[-1]
 
 
 def export_stage(recipe: Recipe, student: Path, out: Path, *, data: str | None = None, force: bool = False) -> Path:

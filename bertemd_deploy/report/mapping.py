@@ -191,13 +191,14 @@ def _marginal_map(what: str, marginals: Marginals, *, shared: bool) -> Drawing:
 
 
 def _weights_over_steps(axes: Axes, steps: Matrix, values: Matrix, *, spread: float) -> QuadMesh:
-    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
     colors = LinearSegmentedColormap.from_list("weights", [CONTRAST, "#f3d9b8", "#f7f7f7", "#a9cbea", STUDENT_INT8])
     middles = (steps[1:] + steps[:-1]) / 2
     edges = np.concatenate([steps[:1], middles, steps[-1:]]) if len(steps) > 1 else np.array([steps[0], steps[0] + 1])
     rows = np.arange(len(values) + 1)
-    return axes.pcolormesh(edges, rows, values, cmap=colors, vmin=1 - spread, vmax=1 + spread, rasterized=True)
+    norm = TwoSlopeNorm(vcenter=1, vmin=max(0.0, 1 - spread), vmax=1 + spread)  # a weight is never below 0
+    return axes.pcolormesh(edges, rows, values, cmap=colors, norm=norm, rasterized=True)
 
 
 def loss_curves(distillation: Any) -> Drawing | None:
