@@ -73,11 +73,26 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def has_head(folder: Path) -> bool:
-    """Say whether a checkpoint carries a trained sequence-classification head."""
-    from safetensors import safe_open
+    """Say whether a checkpoint carries a trained sequence-classification head.
 
-    with safe_open(folder / WEIGHTS, framework="pt") as weights:
-        return "classifier.weight" in weights.keys()  # noqa: SIM118 - no mapping
+    Raises:
+        ModelError: the weights file is damaged.
+    """
+    return not _missing_head(folder)
+
+
+def _missing_head(folder: Path) -> list[str]:
+    """Return the names of the head's weights that a checkpoint lacks."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as weights:
+            present = set(weights.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{folder / WEIGHTS}: not a readable safetensors file ({error}); truncated or damaged. Copy it again."
+        ) from error
+    return [name for name in ("classifier.bias", "classifier.weight") if name not in present]
 
 
 def checked_encoder(folder: Path, *, max_length: int) -> TextEncoder:
@@ -106,9 +121,14 @@ def label_order(folder: Path, labels: Sequence[str]) -> list[int]:
     A model whose labels are the placeholders LABEL_0, LABEL_1, … has no names; its order is taken as it stands.
 
     Raises:
-        ModelError: the names differ, or their number.
+        ModelError: there is no head, or the names differ, or their number.
     """
     config = check_folder(folder)
+    if absent := _missing_head(folder):
+        raise ModelError(
+            f"{folder}: no classification head ({', '.join(absent)} missing). Fine-tune it first: `bertemd finetune`, "
+            "or teacher.finetune: auto in a recipe."
+        )
     if not labels:
         return [0]
     stored = config.get("id2label") or {str(at): f"LABEL_{at}" for at in range(config.get("num_labels", 2))}

@@ -173,3 +173,21 @@ def test_label_order_refuses_other_names_and_other_counts(tiny_bert: Callable[..
         label_order(folder, ("negative", "good"))
     with pytest.raises(ModelError, match=re.escape("has 2 labels (negative, positive), the data 3 (a, b, c)")):
         label_order(folder, ("a", "b", "c"))
+
+
+def test_truncated_weights_are_one_message(tiny_bert: Callable[..., Path]) -> None:
+    folder = tiny_bert()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"model\.safetensors: not a readable safetensors file .* Copy it again"):
+        has_head(folder)
+
+
+def test_an_encoder_without_a_head_is_told_so_before_its_labels_are_counted(tiny_bert: Callable[..., Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_bert()
+    weights = folder / "model.safetensors"
+    save_file({name: value for name, value in load_file(weights).items() if "classifier" not in name}, weights)
+    with pytest.raises(ModelError, match=r"no classification head \(classifier.bias, classifier.weight missing\)"):
+        label_order(folder, ["a", "b", "c", "d"])
