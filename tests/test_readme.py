@@ -13,7 +13,8 @@ from bertemd_deploy.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"^bertemd ([a-z]+)", README, flags=re.MULTILINE)))
+CODE = "".join(README.split("```")[1::2])
+COMMANDS = sorted(set(re.findall(r"^bertemd ([a-z]+)", CODE, flags=re.MULTILINE)))
 
 
 def test_commands_are_shown() -> None:
