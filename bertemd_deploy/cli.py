@@ -194,7 +194,9 @@ def distill(
     teacher: Annotated[str | None, typer.Option(help="Fine-tuned teacher: folder, hub id, or package:…")] = None,
     data: Annotated[str | None, typer.Option(help="glue/<task>, a folder with train.* and dev.*, or demo.")] = None,
     student: Annotated[str | None, typer.Option(help="4L-312, 6L-768, 4L or 6L (the teacher's width).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Student folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Student folder [default with RECIPE: runs/<recipe name>-student].")
+    ] = None,
     task: TaskName = None,
     mapping: Annotated[LayerMapping | None, typer.Option(help="Layer mapping [default: emd].")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs [default: 10].")] = None,
@@ -216,7 +218,9 @@ def distill(
     if recipe is None and (teacher is None or data is None or student is None):
         raise RecipeError("distill: name a RECIPE, or all of --teacher, --data and --student.")
     if out is None:
-        raise RecipeError("distill: name the student folder with --out.")
+        if recipe is None:
+            raise RecipeError("distill: name the student folder with --out.")
+        out = Path("runs") / f"{recipe.stem}-student"
     resolved = _recipe(recipe, given, set_)
     loaded, max_length = pipeline.load_recipe_data(resolved.data)
     folder = find_model(resolved.teacher.model, sha256=resolved.teacher.sha256)
