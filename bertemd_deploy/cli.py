@@ -111,6 +111,7 @@ def run(
         str | None,
         typer.Option("--from", help="Do this stage and the later ones again: finetune distill export bench report."),
     ] = None,
+    to_stage: Annotated[str | None, typer.Option("--to", help="Stop after this stage.")] = None,
     force: Force = False,
     json_: Json = False,
 ) -> None:
@@ -120,21 +121,23 @@ def run(
 
     resolved = load_recipe(recipe, overrides=set_ or [])
     place = out or Path("runs") / recipe.stem
-    stage = "export" if from_stage == "quantize" else from_stage
-    record = pipeline.run(resolved, out=place, from_stage=stage, force=force)
+    first, last = ("export" if stage == "quantize" else stage for stage in (from_stage, to_stage))
+    record = pipeline.run(resolved, out=place, from_stage=first, stop_after=last, force=force)
+    lines = [f"{name:<16}{_metrics_text(values)}" for name, values in _named_metrics(record)]
+    paths = {"artifact": record.get("artifact"), "report": record.get("page")}
+    lines += [f"{name:<16}{path}" for name, path in paths.items() if path] or [f"{'run':<16}{place}"]
+    _show(record, as_json=json_, summary=lines)
+
+
+def _named_metrics(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the metrics of a run's models, teacher first, as far as the run went."""
+    if "distill" not in record:
+        yield "teacher", record.get("finetune", {}).get("metrics", {})
+        return
     distilled = record["distill"]["metrics"]
-    lines = [f"{name:<16}{_metrics_text(values)}" for name, values in _named_metrics(distilled, record["export"])]
-    _show(
-        record,
-        as_json=json_,
-        summary=[*lines, f"artifact        {record['artifact']}", f"report          {record['page']}"],
-    )
-
-
-def _named_metrics(distilled: dict[str, Any], exported: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
     yield "teacher", distilled["teacher"]
     yield "student", distilled["student"]
-    for graph, values in exported["metrics"].items():
+    for graph, values in record.get("export", {}).get("metrics", {}).items():
         if graph not in ("teacher", "student"):
             yield graph, values
 

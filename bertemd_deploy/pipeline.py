@@ -224,11 +224,13 @@ def run(
         stop_after: last stage to run.
 
     Returns:
-        The record: every stage's record, and the paths of artifact and report.
+        The record: every stage's record, and the paths of artifact and report as far as they were made.
 
     Raises:
         BertemdError: as the stages do; what is finished stays finished.
     """
+    if stop_after is not None and stop_after not in STAGES:
+        raise RecipeError(f"--to: unknown stage {stop_after!r}; known: {', '.join(STAGES)}.")
     return _Run(recipe, out, from_stage=from_stage, force=force).all(stop_after=stop_after)
 
 
@@ -322,10 +324,9 @@ class _Run:
         )
         if stop_after == "distill":
             return records
-        records |= self._after_training(teacher, student)
-        return records
+        return records | self._after_training(teacher, student, stop_after=stop_after)
 
-    def _after_training(self, teacher: Path, student: Path) -> dict[str, Any]:
+    def _after_training(self, teacher: Path, student: Path, *, stop_after: str | None) -> dict[str, Any]:
         from bertemd_deploy.artifact import MANIFEST, Artifact
         from bertemd_deploy.bench.compare import bench
         from bertemd_deploy.report import report
@@ -343,7 +344,10 @@ class _Run:
             export_stage(recipe, student, artifact, force=True)
             return export_record(Artifact.load(artifact))
 
-        records = {"export": self._stage("export", inputs, artifact / MANIFEST, make_artifact)}
+        records: dict[str, Any] = {"export": self._stage("export", inputs, artifact / MANIFEST, make_artifact)}
+        records["artifact"] = str(artifact)
+        if stop_after == "export":
+            return records
         place = out / "report"
         inputs = {
             "manifest": sha256_file(artifact / MANIFEST),
@@ -356,13 +360,15 @@ class _Run:
             return {"record": "bench/record.json", "measurements": len(record["measurements"])}
 
         records["bench"] = self._stage("bench", inputs, out / "bench" / "record.json", measure)
+        if stop_after == "bench":
+            return records
         inputs = {"record": sha256_file(out / "bench" / "record.json"), "version": __version__}
 
         def write_report() -> dict[str, Any]:
             return {"page": str(report([out / "bench" / "record.json"], out=place, force=True).relative_to(out))}
 
         records["report"] = self._stage("report", inputs, place / "index.html", write_report)
-        return records | {"artifact": str(artifact), "page": str(place / "index.html")}
+        return records | {"page": str(place / "index.html")}
 
 
 def finetune_inputs(recipe: Recipe, folder: Path, shared: dict[str, Any]) -> dict[str, Any]:

@@ -185,7 +185,11 @@ def test_run_bench_and_report_hand_over_what_was_asked(
     ]
     (settings,), options = run.call_args
     assert settings.distill.seed == 5
-    assert options == {"out": Path("runs/r"), "from_stage": "export", "force": True}
+    assert options == {"out": Path("runs/r"), "from_stage": "export", "stop_after": None, "force": True}
+    run.return_value = {"finetune": {"metrics": {"accuracy": 0.9}}}
+    part = call("run", recipe, "--to", "finetune", "--out", tmp_path / "run")
+    assert part.stdout.split() == ["teacher", "accuracy", "0.9000", "run", str(tmp_path / "run")]
+    assert run.call_args.kwargs["stop_after"] == "finetune"
 
     bench.return_value = {"measurements": []}
     measured = call("bench", "a", "--teacher", teacher, "--out", tmp_path / "b", "--set", "bench.rounds=3", "--json")

@@ -324,3 +324,24 @@ def test_the_whole_pipeline_ends_in_a_report_and_a_second_run_does_nothing(
     capsys.readouterr()
     assert pipeline.run(settings, out=out) == record
     assert capsys.readouterr().err.count("unchanged, skipped") == 4
+
+
+def test_a_stage_to_stop_after_that_does_not_exist_is_refused(tiny_task: Task, tmp_path: Path) -> None:
+    teacher, data = tiny_task()
+    with pytest.raises(
+        RecipeError, match=r"--to: unknown stage 'dream'; known: finetune, distill, export, bench, report"
+    ):
+        pipeline.run(recipe(teacher, data), out=tmp_path / "run", stop_after="dream")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_stop_after_its_export_and_go_on_later(tiny_task: Task, tmp_path: Path) -> None:
+    teacher, data = tiny_task()
+    settings = recipe(teacher, data)
+    record = pipeline.run(settings, out=tmp_path / "run", stop_after="export")
+    assert record["artifact"] == str(tmp_path / "run" / "artifact")
+    assert "page" not in record
+    assert "bench" not in record
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["stages"]["export"]["status"] == "done"
+    assert "bench" not in state["stages"]
