@@ -132,7 +132,7 @@ def break_model(folder: Path, kind: str) -> None:
         ("pickle", "only pickle weights (pytorch_model.bin), which can run code when loaded."),
         ("no head", "no classification head (classifier.bias, classifier.weight missing). Fine-tune it first"),
         ("two labels of three", "the model has 3 labels (no, yes, maybe), the data 2 (no, yes)."),
-        ("truncated", "could not be loaded ("),
+        ("truncated", "not a readable safetensors file ("),
     ],
 )
 def test_a_teacher_that_cannot_be_used(tiny_task: Task, tmp_path: Path, kind: str, part: str) -> None:
