@@ -8,82 +8,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bertemd_deploy.artifact import DataSlice, read_slices, write_slices
+from bertemd_deploy.artifact import write_slices
 from bertemd_deploy.bench.environment import uses_bfloat16
 from bertemd_deploy.checkpoints import WEIGHTS, checked_encoder, find_model, label_order
 from bertemd_deploy.config import DistillSettings, StudentSettings
 from bertemd_deploy.console import note, warn
 from bertemd_deploy.data import Dataset, calibration_rows
-from bertemd_deploy.emd import attention_cost, hidden_cost
 from bertemd_deploy.encoding import TextEncoder
-from bertemd_deploy.errors import ModelError
 from bertemd_deploy.evaluate import check_teacher, dev_metrics
-from bertemd_deploy.files import new_file, read_json, sha256_file, write_json
-from bertemd_deploy.losses import embedding_loss, prediction_loss, regression_loss, total_loss
+from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES
+from bertemd_deploy.files import new_file, sha256_file, write_json
 from bertemd_deploy.mapping import LayerMapping
-from bertemd_deploy.models import (
-    LayerReader,
-    build_student,
-    load_classifier,
-    reorder_outputs,
-    save_model,
-    set_labels,
-    student_shape,
-)
-from bertemd_deploy.training import Schedule, Step, fit, torch_logits
+from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
+from bertemd_deploy.objective import Distiller, Objective
+from bertemd_deploy.students import build_student, check_same_tokens, student_shape
+from bertemd_deploy.training import Schedule, fit, torch_logits
 
-FACTS = "bertemd_student.json"
-SLICES = "eval.npz"
-_CALIBRATION_ROWS = 256
 _MARGINAL_POINTS = 200
-
-
-@dataclass(frozen=True)
-class StudentFacts:
-    """What a student folder carries for export: task, labels, teacher, metrics, history; and the tokenised slices."""
-
-    task: dict[str, Any]
-    labels: list[str]
-    max_length: int
-    teacher: dict[str, Any]
-    metrics: dict[str, dict[str, float]]
-    distillation: dict[str, Any]
-    evaluation: DataSlice
-    calibration: DataSlice
-
-
-class Distiller(nn.Module):
-    """The trained side: the student and, where widths differ or it is asked for, the projection W."""
-
-    def __init__(
-        self, student: nn.Module, *, student_hidden: int, teacher_hidden: int, project: bool, seed: int
-    ) -> None:
-        """With `project`, add W (H_student x H_teacher, shared by all layers and the embedding; identity at equal width)."""
-        super().__init__()
-        self.student = student
-        self.projection: nn.Linear | None = None
-        if project:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self.projection = nn.Linear(student_hidden, teacher_hidden, bias=False)
-            if student_hidden == teacher_hidden:
-                nn.init.eye_(self.projection.weight)
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Return W h, or h where there is no W; in float32 also under autocast, since costs are made of it."""
-        if self.projection is None:
-            return hidden
-        with torch.autocast(hidden.device.type, enabled=False):
-            projected: Tensor = self.projection(hidden.float())
-        return projected
 
 
 def distill(
@@ -160,7 +106,7 @@ def distill(
         ),
         data=train,
         pad_id=encoder.pad_id,
-        step=_Objective(teacher, trained, mapping, settings, regression=data.task.kind == "regression"),
+        step=Objective(teacher, trained, mapping, settings, regression=data.task.kind == "regression"),
         evaluate=lambda: dev_metrics(trained.student, dev, task=data.task, pad_id=encoder.pad_id),
         metric=data.task.metrics[0],
         checkpoints=checkpoints,
@@ -179,7 +125,7 @@ def distill(
         "train_rows": len(train.labels),
         "start": start,
     }  # fmt: skip
-    calibration = calibration_rows(data.splits["train"], rows=_CALIBRATION_ROWS).encode(encoder)
+    calibration = calibration_rows(data.splits["train"], rows=CALIBRATION_ROWS).encode(encoder)
     facts = {
         "schema_version": 1,
         "task": {"name": data.task.name, "kind": data.task.kind, "metrics": list(data.task.metrics)},
@@ -215,7 +161,7 @@ def _make_student(
     shape = student_shape(student, source.to_dict())
     start = shape.start if student.init == "auto" else student.init
     if start not in ("teacher", "random"):
-        _check_same_tokens(find_model(start), encoder)
+        check_same_tokens(find_model(start), encoder)
     model, told = build_student(teacher, shape=shape, init=student.init, seed=settings.seed)
     widths = {"student_hidden": int(shape.hidden or 0), "teacher_hidden": int(source.hidden_size)}
     needed = settings.hidden_projection or widths["student_hidden"] != widths["teacher_hidden"]
@@ -226,67 +172,6 @@ def _make_student(
             "the mean of the attention scores over heads is compared"
         )
     return trained, {"teacher_layers": int(source.num_hidden_layers), "student_layers": shape.layers}, told
-
-
-class _Objective:
-    """One training step: both forward passes, the costs, the flows, the total loss."""
-
-    def __init__(
-        self,
-        teacher: nn.Module,
-        trained: Distiller,
-        mapping: LayerMapping,
-        settings: DistillSettings,
-        *,
-        regression: bool,
-    ) -> None:
-        self.trained, self.mapping, self.settings, self.regression = trained, mapping, settings, regression
-        self.layers = settings.mapping != "none"
-        self.teacher = teacher
-        self.read_teacher = LayerReader(teacher) if self.layers else None
-        self.read_student = LayerReader(trained.student) if self.layers else None
-
-    def __call__(self, inputs: dict[str, Tensor], labels: Tensor) -> Step:
-        parts: dict[str, Tensor] = {}
-        if self.read_teacher is None or self.read_student is None:
-            with torch.no_grad():
-                teacher_logits = self.teacher(**inputs).logits
-            student_logits = self.trained.student(**inputs).logits
-        else:
-            mask = inputs["attention_mask"].bool()
-            with torch.no_grad():
-                teacher = self.read_teacher(inputs)
-            student = self.read_student(inputs)
-            parts["attention"], parts["hidden"] = self.mapping.losses(
-                attention_cost(teacher.queries, teacher.keys, student.queries, student.keys, mask=mask),
-                hidden_cost(teacher.hidden_states, self.trained.project(student.hidden_states), mask=mask),
-            )
-            parts["embedding"] = embedding_loss(teacher.embedding, self.trained.project(student.embedding), mask=mask)
-            teacher_logits, student_logits = teacher.logits, student.logits
-        prediction = self._prediction(teacher_logits, student_logits, labels)
-        loss = total_loss(
-            attention=parts.get("attention", 0.0),
-            hidden=parts.get("hidden", 0.0),
-            embedding=parts.get("embedding", 0.0),
-            prediction=prediction,
-            beta=self.settings.beta,
-            theta=self.settings.theta,
-        )
-        losses = {name: part.item() for name, part in (parts | {"prediction": prediction}).items()}
-        layers = self.mapping.log if self.layers else dict
-        return Step(loss, lambda: {"losses": losses} | layers())
-
-    def _prediction(self, teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
-        if self.regression:
-            return regression_loss(teacher, student, labels, alpha=self.settings.alpha)
-        return prediction_loss(
-            teacher,
-            student,
-            labels,
-            alpha=self.settings.alpha,
-            temperature=self.settings.temperature,
-            reduction=self.settings.reduction,
-        )
 
 
 def summarise(log: Path) -> dict[str, Any]:
@@ -308,61 +193,3 @@ def summarise(log: Path) -> dict[str, Any]:
         summary["last"] = {key: steps[-1][key] for key in flows}
         summary["marginals"] = [{key: line[key] for key in weights} for line in thinned]
     return summary
-
-
-def read_student(folder: Path) -> StudentFacts:
-    """Return what a student folder carries for export.
-
-    Raises:
-        ArtifactError: the facts or slices are missing or damaged.
-    """
-    facts = read_json(folder / FACTS, what="student's facts")
-    slices = read_slices(folder / SLICES)
-    names = ("task", "labels", "max_length", "teacher", "metrics", "distillation")
-    missing = [name for name in names if name not in facts] + [
-        name for name in ("evaluation", "calibration") if name not in slices
-    ]
-    if missing:
-        raise ModelError(f"{folder / FACTS}: lacks {', '.join(missing)}. Distil the student again.")
-    return StudentFacts(
-        **{name: facts[name] for name in names}, evaluation=slices["evaluation"], calibration=slices["calibration"]
-    )
-
-
-def _check_same_tokens(folder: Path, encoder: TextEncoder) -> None:
-    """Refuse a student checkpoint whose tokenizer gives other ids than the teacher's."""
-    mine = TextEncoder.load(folder, max_length=encoder.max_length).vocabulary()
-    theirs = encoder.vocabulary()
-    if mine != theirs:
-        different = sum(mine.get(token) != at for token, at in theirs.items())
-        raise ModelError(
-            f"{folder}: its tokenizer is another than the teacher's ({different:,} of {len(theirs):,} tokens have another id "
-            "or are absent), so hidden states do not compare. Start from teacher layers, or from a checkpoint that shares "
-            "the teacher's vocabulary."
-        )
-
-
-def facts_from_data(folder: Path, data: Dataset, *, max_length: int) -> StudentFacts:
-    """Return what export needs for a classifier that was not distilled here, from a data set.
-
-    Raises:
-        ModelError: the folder's labels, in the data's order, are not those of the data.
-    """
-    encoder = checked_encoder(folder, max_length=max_length)
-    order = label_order(folder, data.labels)
-    if order != list(range(len(order))):
-        names = ", ".join(data.labels[at] for at in np.argsort(order))
-        raise ModelError(
-            f"{folder}: its labels stand in another order ({names}) than the data's ({', '.join(data.labels)})."
-        )
-    calibration = calibration_rows(data.splits["train"], rows=_CALIBRATION_ROWS).encode(encoder)
-    return StudentFacts(
-        task={"name": data.task.name, "kind": data.task.kind, "metrics": list(data.task.metrics)},
-        labels=list(data.labels),
-        max_length=max_length,
-        teacher={},
-        metrics={},
-        distillation={},
-        evaluation=data.splits["dev"].encode(encoder),
-        calibration=calibration,
-    )

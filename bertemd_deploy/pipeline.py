@@ -117,8 +117,8 @@ def export_stage(recipe: Recipe, student: Path, out: Path, *, data: str | None =
         ModelError: the folder carries no slices and no data is given.
         GateError: parity or accuracy was missed.
     """
-    from bertemd_deploy.distill import FACTS, facts_from_data, read_student
     from bertemd_deploy.export import export
+    from bertemd_deploy.facts import FACTS, facts_from_data, read_student
 
     if data is not None:
         loaded, max_length = load_recipe_data(recipe.data)

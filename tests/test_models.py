@@ -11,19 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bertemd_deploy.capture import LayerReader
 from bertemd_deploy.config import StudentSettings
 from bertemd_deploy.errors import ArtifactError, ModelError, RecipeError
 from bertemd_deploy.mapping import even_layers
-from bertemd_deploy.models import (
-    LayerReader,
-    Shape,
-    build_student,
-    load_classifier,
-    reorder_outputs,
-    save_model,
-    set_labels,
-    student_shape,
-)
+from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
+from bertemd_deploy.students import Shape, build_student, student_shape
 
 LABELS = ("no", "yes")
 TEACHER = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 4}
