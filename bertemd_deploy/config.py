@@ -24,6 +24,7 @@ from bertemd_deploy.tasks import TASKS
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Mapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
+Augmentation = Literal["none", "dropout", "mlm"]
 MAPPINGS: tuple[str, ...] = typing.get_args(Mapping)
 
 
@@ -110,6 +111,14 @@ class DistillSettings:
         separate_marginals: keep attention and hidden marginals apart instead of averaging them.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
         precision: of matrix products in training, as in `TeacherSettings`.
+        micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same: costs of all
+            parts are joined before a flow is solved, at the price of a second forward pass.
+        teacher_cache_bytes: disk space for the teacher's outputs, kept from the first epoch on where reading them back is
+            measured to be faster than computing them; 0 keeps none.
+        augmentation: "dropout" adds copies of the train rows with tokens left out, "mlm" copies with tokens replaced by
+            what a masked language model finds likely.
+        augmentation_copies: copies of every train row.
+        augmentation_rate: share of a row's tokens that are changed.
         checkpoint_seconds: longest time between two resumable checkpoints.
     """
 
@@ -129,6 +138,11 @@ class DistillSettings:
     emd_temperature: float = _bounded(1.0, 0, above=True)
     separate_marginals: bool = False
     hidden_projection: bool = False
+    micro_batch_size: int | None = _bounded(None, 1, 4096)
+    teacher_cache_bytes: int = _bounded(0, 0)
+    augmentation: Augmentation = "none"
+    augmentation_copies: int = _bounded(1, 1, 100)
+    augmentation_rate: float = _bounded(0.15, 0, 1, above=True)
     seed: int = _bounded(42, 0, 2**31)
     precision: Precision = "auto"
     logging_steps: int = _bounded(10, 1)

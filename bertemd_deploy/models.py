@@ -18,30 +18,48 @@ from torch import nn
 from bertemd_deploy.checkpoints import WEIGHTS, check_folder
 from bertemd_deploy.errors import ModelError
 from bertemd_deploy.files import new_folder
+from bertemd_deploy.tasks import Kind
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def load_classifier(folder: Path, *, labels: Sequence[str], new_head: bool = False) -> nn.Module:
-    """Load a sequence classifier on the CPU, float32, `sdpa` attention, in eval mode.
+def auto_class(kind: Kind) -> Any:
+    """Return transformers' auto class whose head serves a kind of task."""
+    import transformers
+
+    name = {"token-classification": "TokenClassification", "question-answering": "QuestionAnswering"}.get(
+        kind, "SequenceClassification"
+    )
+    return getattr(transformers, f"AutoModelFor{name}")
+
+
+def output_logits(output: Any) -> Tensor:
+    """Return a model output's logits: (B, outputs), (B, T, labels), or (B, T, 2) start and end for question answering."""
+    logits = getattr(output, "logits", None)
+    return torch.stack([output.start_logits, output.end_logits], -1) if logits is None else logits
+
+
+def load_classifier(
+    folder: Path, *, labels: Sequence[str], kind: Kind = "classification", new_head: bool = False
+) -> nn.Module:
+    """Load a task model on the CPU, float32, `sdpa` attention, in eval mode.
 
     Args:
         folder: Hugging Face folder.
-        labels: class names in order; empty for regression.
+        labels: class names in order; empty for regression and question answering.
+        kind: of the task; decides which head the model has.
         new_head: allow a missing head (and pooler), which starts random.
 
     Raises:
         ModelError: an encoder weight is missing or of another shape, or (without `new_head`) the head is missing or has
             another number of outputs than the data.
     """
-    from transformers import AutoModelForSequenceClassification
-
     config = check_folder(folder)
-    outputs = len(labels) or 1
+    outputs = 2 if kind == "question-answering" else len(labels) or 1
     extra: dict[str, Any] = {"num_labels": outputs, "ignore_mismatched_sizes": True} if new_head else {}
     try:
         with quiet_transformers():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = auto_class(kind).from_pretrained(
                 folder,
                 use_safetensors=True,
                 local_files_only=True,

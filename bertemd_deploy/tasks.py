@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "multilabel", "token-classification", "question-answering"]
 
 
 @dataclass(frozen=True)
