@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from bertemd_deploy.checkpoints import WEIGHTS, check_folder
 from bertemd_deploy.errors import ModelError
