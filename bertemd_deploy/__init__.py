@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bertemd_deploy.classifier import Classifier, Prediction
+    from bertemd_deploy.classifier import Answer, Classifier, Entity, Prediction
 
 __version__ = "0.1.0"
-__all__ = ["Classifier", "Prediction", "__version__"]
+__all__ = ["Answer", "Classifier", "Entity", "Prediction", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Classifier` or `Prediction` when first asked for, so that the command line starts quickly."""
-    if name in {"Classifier", "Prediction"}:
+    """Import `Classifier` and what it predicts when first asked for, so that the command line starts quickly."""
+    if name in {"Answer", "Classifier", "Entity", "Prediction"}:
         from bertemd_deploy import classifier
 
         return getattr(classifier, name)

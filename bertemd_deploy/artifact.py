@@ -6,8 +6,10 @@ not leave the folder and every file's SHA-256 is checked before use.
 
 from __future__ import annotations
 
+import typing
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bertemd_deploy.answers import Answers
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import ArtifactError
 from bertemd_deploy.files import inside, read_json, sha256_file
+from bertemd_deploy.tasks import Kind
 
 SCHEMA_VERSION = 1
+DOC_STRIDE = 128  # tokens, where the manifest does not tell
 MANIFEST = "bertemd.json"
 EVALUATION = "eval.npz"
 GRAPHS = {
@@ -32,12 +37,91 @@ GRAPH_PRECISION = {"fp32": "fp32", "int8": "int8", "fused": "fp32", "fused-int8"
 FASTEST_FIRST = ("fused-int8", "int8", "fused", "fp32")
 
 
+NOT_SCORED = -100  # label of a token that no loss and no metric counts
+_LABELS: dict[Kind, tuple[str, int]] = {  # dtype kind and dimensions of the labels
+    "classification": ("i", 1),
+    "regression": ("f", 1),
+    "multilabel": ("f", 2),
+    "token-classification": ("i", 1),
+    "question-answering": ("i", 2),
+}
+
+
 @dataclass(frozen=True)
 class DataSlice:
-    """Tokenised examples with their labels: int64 (n,) class numbers, or float32 (n,) for regression."""
+    """Tokenised rows with their labels.
+
+    Attributes:
+        examples: the rows; for question answering each is a window of an example.
+        labels: by kind, for n rows:
+            classification int64 (n,) class numbers;
+            regression float32 (n,);
+            multilabel float32 (n, labels) of 0 and 1;
+            token-classification int64 (sum of lengths,), ragged as the tokens, `NOT_SCORED` at special tokens and at all
+            but the first piece of a word;
+            question-answering int64 (n, 2), first and last token of the answer in the row, (0, 0) where it holds none.
+        kind: of the task.
+        gold: question answering only: what answers are made of and compared with.
+    """
 
     examples: Encoded
     labels: NDArray[Any]
+    kind: Kind = "classification"
+    gold: Answers | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.examples)
+
+    def batch(
+        self, rows: Sequence[int] | NDArray[np.integer], *, pad_id: int
+    ) -> tuple[dict[str, NDArray[np.int64]], NDArray[Any]]:
+        """Return the model's inputs of `rows`, each (B, T) int64 padded on the right, and their labels.
+
+        Labels of tokens are (B, T) int64, padded with `NOT_SCORED`; others are the rows of `labels`.
+
+        Args:
+            rows: row numbers.
+            pad_id: token id of padding.
+        """
+        inputs = self.examples.batch(rows, pad_id=pad_id)
+        if self.kind != "token-classification":
+            return inputs, self.labels[np.asarray(rows, dtype=np.int64)]
+        labels = np.full(inputs["input_ids"].shape, NOT_SCORED, dtype=np.int64)
+        offsets = self.examples.offsets
+        for at, row in enumerate(rows):
+            labels[at, : offsets[row + 1] - offsets[row]] = self.labels[offsets[row] : offsets[row + 1]]
+        return inputs, labels
+
+    def select(self, rows: Sequence[int] | NDArray[np.integer]) -> DataSlice:
+        """Return the given rows, in the given order."""
+        offsets = self.examples.offsets
+        if self.kind == "token-classification":
+            pieces = [self.labels[offsets[row] : offsets[row + 1]] for row in rows]
+            labels = np.concatenate([self.labels[:0], *pieces])
+        else:
+            labels = self.labels[np.asarray(rows, dtype=np.int64)]
+        gold = None if self.gold is None else self.gold.select(rows, offsets=offsets)
+        return DataSlice(self.examples.select(rows), labels, self.kind, gold)
+
+    def fault(self) -> str | None:
+        """Return what does not fit together in the arrays, or None."""
+        examples, (dtype, dimensions) = self.examples, _LABELS[self.kind]
+        offsets, tokens = examples.offsets, examples.tokens
+        if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            return "row starts that do not ascend from 0"
+        ragged = self.kind == "token-classification"
+        units = len(tokens) if ragged else len(examples)
+        if len(self.labels) != units or not int(offsets[-1]) == len(tokens) == len(examples.types):
+            return "arrays of unequal length"
+        if self.labels.dtype.kind != dtype or self.labels.ndim != dimensions:
+            return f"labels of {self.labels.dtype} with {self.labels.ndim} dimension(s), unlike {self.kind}"
+        if self.kind == "question-answering":
+            if self.gold is None:
+                return "no answers"
+            if len(self.gold.example) != len(examples) or len(self.gold.spans) != len(tokens):
+                return "answers for other rows"
+        return None
 
 
 @dataclass(frozen=True)
@@ -82,6 +166,37 @@ class Artifact:
     def metric_names(self) -> list[str]:
         """The task's metrics, the gating one first."""
         return list(self.manifest["task"]["metrics"])
+
+    @property
+    def kind(self) -> Kind:
+        """What kind of task it decides; without a word on it, by whether there are labels.
+
+        Raises:
+            ArtifactError: a kind that this version does not know.
+        """
+        found = self.manifest["task"].get("kind") or ("classification" if self.labels else "regression")
+        known: tuple[Kind, ...] = typing.get_args(Kind)
+        for kind in known:
+            if found == kind:
+                return kind
+        raise ArtifactError(
+            f"{self.folder / MANIFEST}: task.kind is {found!r}; this bertemd knows {', '.join(known)}. Update bertemd-deploy."
+        )
+
+    @property
+    def outputs(self) -> int:
+        """Number of the model's outputs, of every token for kinds that read every token."""
+        return 2 if self.kind == "question-answering" else len(self.labels) or 1
+
+    @property
+    def doc_stride(self) -> int:
+        """Tokens that neighbouring windows of a long context share, for question answering."""
+        return int(self.manifest["task"].get("doc_stride", DOC_STRIDE))
+
+    @property
+    def no_answer(self) -> bool:
+        """Whether a context may hold no answer, for question answering."""
+        return bool(self.manifest["task"].get("no_answer", False))
 
     def file(self, name: str) -> Path:
         """Return the path of a file the manifest names, after checking its SHA-256.
@@ -139,7 +254,11 @@ class Artifact:
 
 
 def write_slices(path: Path, slices: dict[str, DataSlice]) -> None:
-    """Write named slices as one compressed npz: `<name>_tokens`, `_types`, `_offsets`, `_labels`."""
+    """Write named slices as one compressed npz, without pickle.
+
+    Arrays are `<name>_tokens`, `_types`, `_offsets`, `_labels`, `_kind` (ASCII text as uint8), and for question answering
+    `_gold_example`, `_gold_spans`, `_gold_text` (see `Answers.arrays`).
+    """
     arrays: dict[str, NDArray[Any]] = {}
     for name, part in slices.items():
         arrays |= {
@@ -147,13 +266,16 @@ def write_slices(path: Path, slices: dict[str, DataSlice]) -> None:
             f"{name}_types": part.examples.types,
             f"{name}_offsets": part.examples.offsets,
             f"{name}_labels": part.labels,
+            f"{name}_kind": np.frombuffer(part.kind.encode(), dtype=np.uint8),
         }
+        if part.gold is not None:
+            arrays |= {f"{name}_gold_{key}": value for key, value in part.gold.arrays().items()}
     with path.open("wb") as handle:
         np.savez_compressed(handle, allow_pickle=False, **arrays)
 
 
 def read_slices(path: Path) -> dict[str, DataSlice]:
-    """Return the slices `write_slices` wrote.
+    """Return the slices `write_slices` wrote; one without a kind (of an older version) has that of its labels' type.
 
     Raises:
         ArtifactError: not such a file, or its arrays do not fit together.
@@ -161,16 +283,24 @@ def read_slices(path: Path) -> dict[str, DataSlice]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             names = [key.removesuffix("_tokens") for key in stored.files if key.endswith("_tokens")]
-            slices = {
-                name: DataSlice(
-                    Encoded(stored[f"{name}_tokens"], stored[f"{name}_types"], stored[f"{name}_offsets"]),
-                    stored[f"{name}_labels"],
-                )
-                for name in names
-            }
+            slices = {name: _read_slice(stored, name) for name in names}
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(f"{path}: not a readable data slice ({error}). Export again.") from error
     for name, part in slices.items():
-        if len(part.examples) != len(part.labels) or part.examples.offsets[-1] != len(part.examples.tokens):
-            raise ArtifactError(f"{path}: slice {name!r} has arrays of unequal length. Export again.")
+        if fault := part.fault():
+            raise ArtifactError(f"{path}: slice {name!r} has {fault}. Export again.")
     return slices
+
+
+def _read_slice(stored: Any, name: str) -> DataSlice:
+    examples = Encoded(stored[f"{name}_tokens"], stored[f"{name}_types"], stored[f"{name}_offsets"])
+    labels = stored[f"{name}_labels"]
+    if f"{name}_kind" in stored.files:
+        kind = stored[f"{name}_kind"].tobytes().decode()
+        if kind not in typing.get_args(Kind):
+            raise ValueError(f"unknown kind {kind!r}")
+    else:
+        kind = "regression" if labels.dtype.kind == "f" else "classification"
+    prefix = f"{name}_gold_"
+    gold = {key.removeprefix(prefix): stored[key] for key in stored.files if key.startswith(prefix)}
+    return DataSlice(examples, labels, kind, Answers.from_arrays(gold) if gold else None)

@@ -1,11 +1,13 @@
-"""A BERT sequence classifier from torch to a portable fp32 ONNX graph: standard operators, any batch, any length.
+"""A BERT task model from torch to a portable fp32 ONNX graph: standard operators, any batch, any length.
 
-Classification reads one row of the last layer, that of [CLS]. The portable form computes just that row's query,
-attention and feed-forward there, which is exact and saves most of a layer; it also multiplies queries, keys and values in
-one product. The fusable form spells every layer out in full, the way ONNX Runtime's fusion patterns expect it.
+A decision on the whole input (classification, multilabel, regression) reads one row of the last layer, that of [CLS]. The
+portable form computes just that row's query, attention and feed-forward there, which is exact and saves most of a layer;
+it also multiplies queries, keys and values in one product. Heads that read every token need the whole last layer. The
+fusable form spells every layer out in full, the way ONNX Runtime's fusion patterns expect it.
 
     Inputs   input_ids, attention_mask, token_type_ids: int64 (batch, sequence)
-    Output   logits: float32 (batch, outputs)
+    Outputs  logits: float32 (batch, outputs), or (batch, sequence, labels) for token classification;
+             start_logits, end_logits: float32 (batch, sequence) for question answering
 
 Every exported graph is run at several shapes against the torch model before it is handed out.
 """
@@ -18,7 +20,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,35 +33,45 @@ from torch import Tensor, nn
 from bertemd_deploy.errors import ExportError
 from bertemd_deploy.files import new_file
 from bertemd_deploy.gate import PARITY_TOLERANCE
-from bertemd_deploy.models import load_classifier
+from bertemd_deploy.models import load_classifier, output_logits
 from bertemd_deploy.onnx_edit import Editor, save, tidy
-from bertemd_deploy.runtime import INPUT_NAMES, OUTPUT_NAME, open_session, run_session
+from bertemd_deploy.runtime import INPUT_NAMES, OUTPUT_NAME, SPAN_OUTPUTS, open_session, run_session
+from bertemd_deploy.tasks import Kind
 
 Exporter = Literal["torchscript", "dynamo"]
+Head = Literal["sequence", "token", "span"]
 _EXAMPLE = (2, 13)  # a size of 1 or a round one would let an exporter fix the dimension
 
 
 class BertGraph(nn.Module):
-    """The inference of a `BertForSequenceClassification`, in plain tensor operations that export the same everywhere."""
+    """The inference of a BERT with a task's head, in plain tensor operations that export the same everywhere."""
 
     def __init__(self, model: nn.Module, *, portable: bool) -> None:
         """Share the weights of `model`; `portable` chooses the portable form over the fusable one."""
         super().__init__()
+        self.kind = head_kind(model)
         source: Any = model
         config = source.config
         encoder = source.bert
         self.embeddings = encoder.embeddings
         last = len(encoder.encoder.layer) - 1
         self.layers = nn.ModuleList(
-            _Layer(layer, heads=config.num_attention_heads, merge=portable, first_row=portable and at == last)
+            _Layer(
+                layer,
+                heads=config.num_attention_heads,
+                merge=portable,
+                first_row=portable and at == last and self.kind == "sequence",
+            )
             for at, layer in enumerate(encoder.encoder.layer)
         )
-        self.pooler = encoder.pooler.dense
-        self.classifier = source.classifier
+        self.pooler = encoder.pooler.dense if self.kind == "sequence" else None
+        self.classifier = source.qa_outputs if self.kind == "span" else source.classifier
         self.register_buffer("positions", torch.arange(config.max_position_embeddings)[None], persistent=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        """Return logits (B, outputs) for three (B, T) int64 inputs."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits (B, outputs) or (B, T, labels), or start and end logits (B, T), for three (B, T) int64 inputs."""
         tables: Any = self.embeddings
         positions: Any = self.positions
         hidden = tables.word_embeddings(input_ids) + tables.token_type_embeddings(token_type_ids)
@@ -68,8 +80,27 @@ class BertGraph(nn.Module):
         bias = (1.0 - visible) * torch.finfo(hidden.dtype).min
         for layer in self.layers:
             hidden = layer(hidden, bias)
-        pooled = torch.tanh(self.pooler(hidden[:, 0]))
-        return self.classifier(pooled)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        if self.pooler is not None:
+            hidden = torch.tanh(self.pooler(hidden[:, 0]))
+        logits: Tensor = self.classifier(hidden)
+        if self.kind != "span":
+            return logits
+        return logits[..., 0], logits[..., 1]
+
+
+def head_kind(model: nn.Module) -> Head:
+    """Return what a BERT's head reads and gives: one row per input, every token, or where a span starts and ends."""
+    if hasattr(model, "qa_outputs"):
+        return "span"
+    encoder: Any = model
+    return "sequence" if encoder.bert.pooler is not None else "token"
+
+
+def output_dimensions(head: Head) -> dict[str, list[str]]:
+    """Return a graph's outputs with their dynamic dimensions, the leading ones."""
+    if head == "span":
+        return {name: ["batch", "sequence"] for name in SPAN_OUTPUTS}
+    return {OUTPUT_NAME: ["batch"] if head == "sequence" else ["batch", "sequence"]}
 
 
 class _Layer(nn.Module):
@@ -130,8 +161,8 @@ def _stack(parts: list[nn.Linear]) -> nn.Linear:
     return stacked
 
 
-def load_model(folder: Path) -> nn.Module:
-    """Load a sequence classifier whatever its labels, and check that this module can write its graph.
+def load_model(folder: Path, *, kind: Kind = "classification") -> nn.Module:
+    """Load a model of a kind of task whatever its labels, and check that this module can write its graph.
 
     Raises:
         ModelError: the folder is missing, incomplete or of another family.
@@ -143,31 +174,30 @@ def load_model(folder: Path) -> nn.Module:
     except ValueError:
         stored = {}  # load_classifier says what is wrong with it
     names = stored.get("id2label") or ({0: ""} if stored.get("num_labels") == 1 else {0: "", 1: ""})
-    model = load_classifier(folder, labels=[] if len(names) == 1 else [str(name) for name in names.values()])
-    config: Any = model.config
-    for key, allowed in (("position_embedding_type", (None, "absolute")), ("is_decoder", (None, False))):
-        found = getattr(config, key, None)
-        if found not in allowed:
-            raise ExportError(
-                f"{path}: {key} is {found!r}; export computes {allowed[-1]!r} only. Choose another model."
-            )
-    return model
+    # A regression model's one output has a placeholder for a name; any other single output is a label.
+    unnamed = kind == "question-answering" or (kind in ("classification", "regression") and len(names) == 1)
+    if stored.get("model_type", "bert") != "bert":
+        raise ExportError(f"{path}: model_type is {stored['model_type']!r}; export writes BERT's graph only.")
+    return load_classifier(folder, labels=[] if unnamed else [str(name) for name in names.values()], kind=kind)
 
 
-def export_fp32(model_folder: Path, path: Path, *, exporter: Exporter, opset: int) -> None:
-    """Write the portable fp32 graph of a Hugging Face BERT sequence classifier (a student or a teacher).
+def export_fp32(
+    model_folder: Path, path: Path, *, exporter: Exporter, opset: int, kind: Kind = "classification"
+) -> None:
+    """Write the portable fp32 graph of a Hugging Face BERT with a task's head (a student or a teacher).
 
     Args:
         model_folder: config.json and model.safetensors.
         path: the ONNX file to write, whole or not at all.
         exporter: which of torch's two exporters.
         opset: ONNX operator set.
+        kind: of the task.
 
     Raises:
         ModelError: the folder does not hold such a model.
         ExportError: the exporter failed, fixed a dimension, or wrote a graph that differs from torch.
     """
-    model = load_model(model_folder)
+    model = load_model(model_folder, kind=kind)
     with new_file(path) as partial:
         save(portable_graph(model, exporter=exporter, opset=opset), partial)
         check_shapes(partial, model=model, name=path.name)
@@ -273,14 +303,15 @@ def _export(module: BertGraph, *, exporter: Exporter, opset: int) -> onnx.ModelP
     longest = module.get_buffer("positions").size(1)
     example = torch.zeros((_EXAMPLE[0], min(_EXAMPLE[1], longest)), dtype=torch.int64)
     mask, types = torch.ones_like(example), torch.zeros_like(example)
-    names = list(INPUT_NAMES)
+    names, outputs = list(INPUT_NAMES), output_dimensions(module.kind)
     dynamic: dict[str, Any]
     if exporter == "dynamo":
         batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=longest)
         dynamic = {"dynamic_shapes": {name: {0: batch, 1: sequence} for name in names}, "external_data": False}
     else:
         axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "sequence"} for name in names}
-        dynamic = {"dynamic_axes": axes | {OUTPUT_NAME: {0: "batch"}}}
+        axes |= {name: dict(enumerate(dimensions)) for name, dimensions in outputs.items()}
+        dynamic = {"dynamic_axes": axes}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "exported.onnx"
         try:
@@ -292,7 +323,7 @@ def _export(module: BertGraph, *, exporter: Exporter, opset: int) -> onnx.ModelP
                     dynamo=exporter == "dynamo",
                     opset_version=opset,
                     input_names=names,
-                    output_names=[OUTPUT_NAME],
+                    output_names=list(outputs),
                     verbose=False,
                     **dynamic,
                 )
@@ -303,30 +334,31 @@ def _export(module: BertGraph, *, exporter: Exporter, opset: int) -> onnx.ModelP
             ) from error
         graph = onnx.load_model(path)
     tidy(graph, opset=opset)
-    _check_dimensions(graph, exporter=exporter)
+    _check_dimensions(graph, head=module.kind, exporter=exporter)
     return graph
 
 
-def _check_dimensions(model: onnx.ModelProto, *, exporter: str) -> None:
-    graph = model.graph
-    found = {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in graph.input
-    }
+def _check_dimensions(model: onnx.ModelProto, *, head: Head, exporter: str) -> None:
+    def dimensions(values: Iterable[onnx.ValueInfoProto]) -> dict[str, list[str | int]]:
+        shapes = ((value.name, value.type.tensor_type.shape.dim) for value in values)
+        return {name: [dim.dim_param or dim.dim_value for dim in shape] for name, shape in shapes}
+
+    found, given = dimensions(model.graph.input), dimensions(model.graph.output)
     wanted: dict[str, list[str | int]] = {name: ["batch", "sequence"] for name in INPUT_NAMES}
-    logits = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.output]
-    if found != wanted or [value.name for value in graph.output] != [OUTPUT_NAME] or logits[0][0] != "batch":
+    outputs = output_dimensions(head)
+    leading = {name: shape[: len(outputs.get(name, []))] for name, shape in given.items()}
+    if found != wanted or leading != outputs:
         raise ExportError(
-            f"the {exporter} exporter wrote inputs {found} and output {logits}; "
-            f"allowed are dynamic dimensions only, {wanted}. Set export.exporter to the other one."
+            f"the {exporter} exporter wrote inputs {found} and outputs {given}; "
+            f"allowed are dynamic dimensions only, {wanted} and {outputs}. Set export.exporter to the other one."
         )
 
 
 def torch_logits(model: nn.Module, inputs: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-    """Return the torch model's (B, outputs) float32 logits of one padded batch."""
+    """Return the torch model's float32 logits of one padded batch: (B, outputs), (B, T, labels) or (B, T, 2)."""
     with torch.inference_mode():
         output = model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
-    return np.asarray(output.logits.numpy(), dtype=np.float32)
+    return np.asarray(output_logits(output).numpy(), dtype=np.float32)
 
 
 def check_shapes(path: Path, *, model: nn.Module, name: str) -> list[list[int]]:
@@ -360,7 +392,10 @@ def check_shapes(path: Path, *, model: nn.Module, name: str) -> list[list[int]]:
                 f"{name}: does not run at batch {batch}, sequence {sequence} "
                 f"({str(error).strip().splitlines()[0][:200]}). Set export.exporter to the other one."
             ) from error
-        difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else math.inf
+        difference = math.inf
+        if found.shape == expected.shape:
+            real = np.abs(found - expected) if found.ndim == 2 else np.abs(found - expected)[mask.astype(bool)]
+            difference = float(real.max())
         if not difference <= PARITY_TOLERANCE:
             raise ExportError(
                 f"{name}: at batch {batch}, sequence {sequence} its logits {list(found.shape)} differ from torch's "

@@ -1,6 +1,7 @@
 """Model folders: where a checkpoint is, whether it is safe and whole, and what its tokenizer and labels are called.
 
-A checkpoint is data from outside: safetensors only, no code of its own, no pickle. Nothing here builds a model.
+A checkpoint is data from outside: safetensors only, no code of its own, no pickle. Nothing here builds a model. Which
+architectures there are, and what they call things, is the table in `families`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 from bertemd_deploy.console import note
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import ModelError
+from bertemd_deploy.families import family_of, head_parts, positions
 from bertemd_deploy.files import sha256_file
+from bertemd_deploy.tasks import Kind
 
 WEIGHTS = "model.safetensors"
-FAMILIES = ("bert",)
+_HEADS = {"token-classification": "TokenClassification", "question-answering": "QuestionAnswering"}
+_SHOWN = 6
 
 
 def find_model(spec: str, *, sha256: str | None = None) -> Path:
@@ -40,7 +44,9 @@ def find_model(spec: str, *, sha256: str | None = None) -> Path:
         raise ModelError(
             f"{spec}: there is no such folder. Name a Hugging Face folder, a hub id (owner/name), or package:…."
         )
-    check_folder(folder)
+    config = check_folder(folder)
+    if config.get("model_type") != _read_config(folder).get("model_type"):
+        note(f"{folder}: config.json names no model_type; its weights have BERT's names, so it is read as a bert")
     if sha256 is not None and (found := sha256_file(folder / WEIGHTS)) != sha256:
         raise ModelError(f"{folder / WEIGHTS}: SHA-256 is {found}, the recipe expects {sha256}; not used.")
     return folder
@@ -49,20 +55,17 @@ def find_model(spec: str, *, sha256: str | None = None) -> Path:
 def check_folder(folder: Path) -> dict[str, Any]:
     """Return the config of a Hugging Face folder after checking that it can be loaded safely.
 
+    A config without `model_type`, as old checkpoints have it, is completed where the weights' names are BERT's.
+
     Raises:
         ModelError: config.json or model.safetensors is missing or unreadable, or the architecture is not supported.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face model folder.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}).") from error
-    if not isinstance(config, dict) or config.get("model_type") not in FAMILIES:
-        found = config.get("model_type") if isinstance(config, dict) else None
-        raise ModelError(f"{path}: model_type is {found!r}; supported: {', '.join(FAMILIES)}.")
-    if not (folder / WEIGHTS).is_file():
+    config = _read_config(folder)
+    weights = (folder / WEIGHTS).is_file()
+    if "model_type" not in config and weights and _is_bert(config, weight_names(folder)):
+        config["model_type"] = "bert"
+    family_of(config, where=str(folder / "config.json"))
+    if not weights:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         why = f"only pickle weights ({', '.join(pickles)}), which can run code when loaded" if pickles else "no weights"
         raise ModelError(
@@ -72,63 +75,120 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return config
 
 
-def has_head(folder: Path) -> bool:
-    """Say whether a checkpoint carries a trained sequence-classification head.
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face model folder.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: not readable as a JSON object (it holds a {type(config).__name__}).")
+    return config
+
+
+def _is_bert(config: dict[str, Any], names: set[str]) -> bool:
+    """Say whether weights are named as BERT's; a bare RoBERTa's are as well, but it has one token type."""
+    if "num_hidden_layers" not in config:
+        return False
+    prefixed = "bert.encoder.layer.0.attention.self.query.weight" in names
+    bare = "encoder.layer.0.attention.self.query.weight" in names and "embeddings.token_type_embeddings.weight" in names
+    return prefixed or (bare and config.get("type_vocab_size") != 1)
+
+
+def weight_names(folder: Path) -> set[str]:
+    """Return the names of a checkpoint's weights.
 
     Raises:
         ModelError: the weights file is damaged.
     """
-    return not _missing_head(folder)
-
-
-def _missing_head(folder: Path) -> list[str]:
-    """Return the names of the head's weights that a checkpoint lacks."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
-            present = set(weights.keys())
+            return set(weights.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{folder / WEIGHTS}: not a readable safetensors file ({error}); truncated or damaged. Copy it again."
         ) from error
-    return [name for name in ("classifier.bias", "classifier.weight") if name not in present]
+
+
+def has_head(folder: Path, *, kind: Kind = "classification") -> bool:
+    """Say whether a checkpoint carries a trained head for a kind of task.
+
+    Raises:
+        ModelError: the folder is no model of a supported family, or its weights file is damaged.
+    """
+    return not missing_head(folder, kind)
+
+
+def missing_head(folder: Path, kind: Kind) -> list[str]:
+    """Return the names of the head's weights that a checkpoint lacks.
+
+    A checkpoint saved with another kind of head (its `architectures` say so) lacks all of them: the heads for sequences and
+    for tokens share their names.
+
+    Raises:
+        ModelError: as `has_head`.
+    """
+    config = check_folder(folder)
+    parts = [part for part in head_parts(config, kind) if not part.startswith(f"{family_of(config).prefix}.")]
+    wanted = [f"{part}.{name}" for part in parts for name in ("bias", "weight")]
+    present = weight_names(folder)
+    saved = str(next(iter(config.get("architectures") or ()), "")).rpartition("For")[2]
+    if saved in {"SequenceClassification", *_HEADS.values()} and saved != _HEADS.get(kind, "SequenceClassification"):
+        return wanted
+    return [name for name in wanted if name not in present]
+
+
+def no_head(folder: Path, absent: Sequence[str], kind: Kind) -> ModelError:
+    """Return the error for a checkpoint without a head for a kind of task."""
+    head = f"{kind} head" if kind in _HEADS else "classification head"
+    return ModelError(
+        f"{folder}: no {head} ({', '.join(absent)} missing). Fine-tune it first: `bertemd finetune`, "
+        "or teacher.finetune: auto in a recipe."
+    )
 
 
 def checked_encoder(folder: Path, *, max_length: int) -> TextEncoder:
     """Return a model folder's tokenizer after checking that its ids and lengths fit the model.
 
+    Padding is the token that the model's config names, where it names one of the tokenizer's.
+
     Raises:
         ModelError: no tokenizer, more tokens than embedding rows, or `max_length` beyond the model's positions.
     """
     config = check_folder(folder)
-    positions = int(config.get("max_position_embeddings", 512))
-    if max_length > positions:
-        raise ModelError(f"{folder}: data.max_length is {max_length}, the model has {positions} positions. Lower it.")
+    if max_length > (most := positions(config)):
+        raise ModelError(f"{folder}: data.max_length is {max_length}, the model has {most} positions. Lower it.")
     encoder = TextEncoder.load(folder, max_length=max_length)
-    highest = max(encoder.vocabulary().values())
+    ids = set(encoder.vocabulary().values())
+    highest = max(ids)
     if highest >= int(config["vocab_size"]):
         raise ModelError(
             f"{folder}: the tokenizer has ids up to {highest}, the model's vocab_size is {config['vocab_size']}; "
             "tokenizer and weights belong to different models."
         )
+    if config.get("pad_token_id") in ids:
+        encoder.pad_id = int(config["pad_token_id"])
     return encoder
 
 
-def label_order(folder: Path, labels: Sequence[str]) -> list[int]:
+def label_order(folder: Path, labels: Sequence[str], *, kind: Kind = "classification") -> list[int]:
     """Return, for each of the data's labels, the model's output that carries it, matched by name.
 
-    A model whose labels are the placeholders LABEL_0, LABEL_1, … has no names; its order is taken as it stands.
+    A model whose labels are the placeholders LABEL_0, LABEL_1, … has no names; its order is taken as it stands. So is the
+    order of outputs that are no labels (a number; the start and end of an answer).
 
     Raises:
         ModelError: there is no head, or the names differ, or their number.
     """
     config = check_folder(folder)
-    if absent := _missing_head(folder):
-        raise ModelError(
-            f"{folder}: no classification head ({', '.join(absent)} missing). Fine-tune it first: `bertemd finetune`, "
-            "or teacher.finetune: auto in a recipe."
-        )
+    if absent := missing_head(folder, kind):
+        raise no_head(folder, absent, kind)
+    if kind == "question-answering":
+        return [0, 1]
     if not labels:
         return [0]
     stored = config.get("id2label") or {str(at): f"LABEL_{at}" for at in range(config.get("num_labels", 2))}
@@ -176,7 +236,19 @@ def _hub_folder(spec: str) -> Path:
     try:
         return Path(snapshot_download(spec, allow_patterns=["*.json", "*.txt", WEIGHTS]))
     except Exception as error:  # the hub client raises many kinds; all mean that the model did not arrive
+        parent, _, name = spec.partition("/")
+        local = ""
+        if Path(parent).is_dir():
+            inside = sorted(item.name for item in Path(parent).iterdir() if item.is_dir())
+            local = (
+                f"no such folder here: {parent}/ has no {name} (it holds {_listed(inside)}). Taken for a hub id, it "
+            )
         raise ModelError(
-            f"{spec}: could not be fetched from the model hub ({(str(error).strip() or repr(error)).splitlines()[0][:160]}). "
+            f"{spec}: {local}could not be fetched from the model hub "
+            f"({(str(error).strip() or repr(error)).splitlines()[0][:160]}). "
             "Without a network, download the model elsewhere and name its folder instead."
         ) from error
+
+
+def _listed(names: Sequence[str]) -> str:
+    return (", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")) or "no folders"

@@ -1,12 +1,13 @@
-"""`Classifier`: texts in, labels and probabilities out, with numpy, onnxruntime and tokenizers only."""
+"""`Classifier`: texts in, labels, entities or answers out, with numpy, onnxruntime and tokenizers only."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,41 +15,65 @@ from numpy.typing import NDArray
 from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.config import DataSettings
 from bertemd_deploy.data import load_data
-from bertemd_deploy.encoding import TextEncoder
+from bertemd_deploy.encoding import Encoded, TextEncoder
 from bertemd_deploy.errors import ArtifactError, DataError
 from bertemd_deploy.metrics import evaluate_metrics
-from bertemd_deploy.runtime import open_session, predict_logits
+from bertemd_deploy.predictions import (
+    Answer,
+    Entity,
+    Prediction,
+    Word,
+    answered,
+    any_of,
+    one_of,
+    tagged,
+    values,
+    words_of,
+)
+from bertemd_deploy.runtime import BATCH_SIZE, collect_logits, open_session, run_session
+from bertemd_deploy.tasks import Kind
 
-if TYPE_CHECKING:
-    import onnxruntime
+__all__ = ["Answer", "Classifier", "Entity", "Prediction", "evaluate_artifact"]
 
 _WINDOW = 1024  # texts held at once: enough to batch by length, small enough for any device
+_SHARED_WORDS = 4  # neighbouring windows of a text that is too long share a quarter of their words
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answer.
-
-    Attributes:
-        label: name of the most probable class; None for regression.
-        score: its probability in [0, 1]; for regression the predicted value.
-        scores: probability by label name; empty for regression.
-    """
-
-    label: str | None
-    score: float
-    scores: dict[str, float]
+Run = Callable[[dict[str, NDArray[np.int64]]], NDArray[np.float32]]
 
 
 class Classifier:
     """A loaded artifact, ready to predict."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, encoder: TextEncoder, *, labels: Sequence[str], graph: str
+        self,
+        run: Run,
+        encoder: TextEncoder,
+        *,
+        kind: Kind,
+        labels: Sequence[str],
+        graph: str,
+        overlap: int = 0,
+        no_answer: bool = False,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
-        """Take an open session with its tokenizer and label names (empty for regression); see `load`."""
-        self._session = session
-        self._encoder = encoder
+        """Take a model with its tokenizer; see `load`.
+
+        Args:
+            run: logits of one padded batch.
+            encoder: the model's tokenizer.
+            kind: of the task.
+            labels: label names by number; empty for regression and question answering.
+            graph: what to call the model in messages.
+            overlap: tokens that neighbouring windows of a long context share.
+            no_answer: a context may hold no answer.
+            batch_size: rows run together.
+        """
+        self._run = run
+        self._overlap = overlap
+        self._no_answer = no_answer
+        self._batch_size = batch_size
+        self.encoder = encoder
+        self.kind: Kind = kind
         self.labels = list(labels)
         self.graph = graph
 
@@ -66,19 +91,41 @@ class Classifier:
         """
         loaded = Artifact.load(Path(artifact))
         name, path = loaded.graph(graph)
-        loaded.file("tokenizer.json")
-        encoder = TextEncoder.load(loaded.folder, max_length=loaded.max_length)
-        return cls(open_session(path, threads=threads), encoder, labels=loaded.labels, graph=name)
+        return cls.of(loaded, partial(run_session, open_session(path, threads=threads)), graph=name)
+
+    @classmethod
+    def of(cls, artifact: Artifact, run: Run, *, graph: str, batch_size: int = BATCH_SIZE) -> Classifier:
+        """Return an artifact's classifier with `run` as its model.
+
+        Raises:
+            ArtifactError: the tokenizer is missing, damaged or changed.
+        """
+        artifact.file("tokenizer.json")
+        return cls(
+            run,
+            TextEncoder.load(artifact.folder, max_length=artifact.max_length),
+            kind=artifact.kind,
+            labels=artifact.labels,
+            graph=graph,
+            overlap=artifact.doc_stride,
+            no_answer=artifact.no_answer,
+            batch_size=batch_size,
+        )
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
         """Return one prediction per text, in order.
 
         Args:
-            texts: first (or only) texts.
-            pairs: second texts, for models of text pairs.
+            texts: first (or only) texts; the questions, for question answering.
+            pairs: second texts, for models of text pairs; the contexts, for question answering. A context or, for token
+                classification, a text that is longer than the model's input is read in overlapping windows; others are
+                cut.
 
         Raises:
             ValueError: `pairs` has another length than `texts`.
+            DataError: pairs are missing for question answering, or given for token classification; or a question fills
+                the whole input.
+            ArtifactError: the graph answers with values that are not finite.
         """
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"{len(texts)} texts but {len(pairs)} pairs")
@@ -92,35 +139,112 @@ class Classifier:
             rows: (text,) or (text, pair) tuples, all of one kind.
 
         Raises:
+            DataError: as for `predict`.
             ArtifactError: the graph answers with values that are not finite.
         """
         iterator = iter(rows)
         while window := list(itertools.islice(iterator, _WINDOW)):
             firsts = [row[0] for row in window]
             seconds = [row[1] for row in window if len(row) == 2] or None
-            yield from self._decide(self.logits(firsts, seconds))
+            if self.kind == "question-answering":
+                yield from self._answers(firsts, seconds)
+            elif self.kind == "token-classification":
+                yield from self._entities(firsts, seconds)
+            else:
+                yield from self._decide(self.logits(firsts, seconds))
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> NDArray[np.float32]:
-        """Return (n, outputs) float32 logits, in order; batches of 32 texts of like length are run together."""
-        return predict_logits(self._session, self._encoder.encode(texts, pairs), pad_id=self._encoder.pad_id)
+        """Return the float32 logits of texts, each a row cut to the model's input; otherwise as `run`."""
+        return self.run(self.encoder.encode(texts, pairs))
 
-    def _decide(self, logits: NDArray[np.float32]) -> Iterator[Prediction]:
+    def run(self, examples: Encoded) -> NDArray[np.float32]:
+        """Return the float32 logits of tokenised rows, in order; rows of like length are run together.
+
+        Returns:
+            (n, outputs); ragged as the tokens, (sum of lengths, outputs), where each token has its own.
+
+        Raises:
+            ArtifactError: there is another number of outputs than the manifest has labels.
+        """
+        logits = collect_logits(self._run, examples, pad_id=self.encoder.pad_id, batch_size=self._batch_size)
+        wanted = 2 if self.kind == "question-answering" else len(self.labels) or 1
+        if logits.shape[-1] != wanted:
+            raise ArtifactError(
+                f"graph {self.graph}: it has {logits.shape[-1]} outputs, the manifest names {len(self.labels)} labels "
+                f"({', '.join(self.labels) or self.kind}). Export the student again."
+            )
+        return logits
+
+    def record(self, prediction: Prediction) -> dict[str, Any]:
+        """Return a prediction as plain values, without what other kinds of task say."""
+        shown = {
+            "multilabel": ("label", "labels", "score", "scores"),
+            "token-classification": ("entities", "score"),
+            "question-answering": ("answer", "score"),
+        }.get(self.kind, ("label", "score", "scores"))
+        stored = asdict(prediction)
+        return {name: stored[name] for name in shown}
+
+    def _finite(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         if not np.isfinite(logits).all():
             raise ArtifactError(
                 f"graph {self.graph}: it answered with values that are not finite. Export the student again."
             )
-        if logits.shape[-1] != (len(self.labels) or 1):
-            raise ArtifactError(
-                f"graph {self.graph}: it has {logits.shape[-1]} outputs, the manifest names {len(self.labels)} labels "
-                f"({', '.join(self.labels) or 'regression'}). Export the student again."
+        return logits
+
+    def _decide(self, logits: NDArray[np.float32]) -> Iterator[Prediction]:
+        self._finite(logits)
+        if self.kind == "regression":
+            return values(logits)
+        return any_of(logits, self.labels) if self.kind == "multilabel" else one_of(logits, self.labels)
+
+    def _answers(self, questions: list[str], contexts: list[str] | None) -> Iterator[Prediction]:
+        if contexts is None:
+            raise DataError(
+                "question answering needs a context beside every question: predict(questions, contexts), or "
+                "`bertemd predict --pair` with a tab between the two."
             )
-        if not self.labels:
-            yield from (Prediction(None, float(row[0]), {}) for row in logits)
-            return
-        shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-        for row in shifted / shifted.sum(axis=-1, keepdims=True):
-            best = int(row.argmax())
-            yield Prediction(self.labels[best], float(row[best]), dict(zip(self.labels, row.tolist(), strict=True)))
+        examples, example, spans = self.encoder.encode_windows(questions, contexts, overlap=self._overlap)
+        logits = self._finite(self.run(examples))
+        windows: dict[str, Any] = {"example": example, "spans": spans, "contexts": contexts}
+        return answered(logits, examples, no_answer=self._no_answer, **windows)
+
+    def _entities(self, texts: list[str], pairs: list[str] | None) -> Iterator[Prediction]:
+        if pairs is not None:
+            raise DataError("token classification takes one text at a time, not pairs. Leave out the second texts.")
+        places = [words_of(text) for text in texts]
+        tags: list[dict[int, NDArray[np.float32]]] = [{} for _ in texts]  # logits by word
+        pending = [(at, 0) for at, words in enumerate(places) if words]
+        while pending:
+            pending = list(self._tag(texts, places, pending, tags))
+        for text, words, found in zip(texts, places, tags, strict=True):
+            kept = sorted(found)
+            rows = np.stack([found[at] for at in kept]) if kept else np.zeros((0, len(self.labels)), np.float32)
+            yield tagged(text, [words[at] for at in kept], rows, self.labels)
+
+    def _tag(
+        self,
+        texts: Sequence[str],
+        places: Sequence[Sequence[Word]],
+        pending: Sequence[tuple[int, int]],
+        tags: list[dict[int, NDArray[np.float32]]],
+    ) -> Iterator[tuple[int, int]]:
+        """Tag one window of each pending (text, first word); yield the next window of those that are not done."""
+        limit = self.encoder.max_length  # a word is at least a token
+        parts = [[texts[at][start:end] for start, end in places[at][first : first + limit]] for at, first in pending]
+        examples, numbers = self.encoder.encode_words(parts)
+        logits = self._finite(self.run(examples))
+        for row, ((at, first), part) in enumerate(zip(pending, parts, strict=True)):
+            piece = slice(examples.offsets[row], examples.offsets[row + 1])
+            chosen = np.flatnonzero(numbers[piece] >= 0)
+            found = first + numbers[piece][chosen]
+            shared = sum(word >= first for word in tags[at])  # the window before knows more of what precedes them
+            kept = found >= first + shared // 2
+            tags[at].update(zip(found[kept].tolist(), logits[piece][chosen][kept], strict=True))
+            cut = piece.stop - piece.start == limit
+            end = int(found[-1]) + 1 if cut and len(found) else first + len(part)
+            if end < len(places[at]):
+                yield at, max(first + 1, end - (end - first) // _SHARED_WORDS)
 
 
 def evaluate_artifact(artifact: Path, *, settings: DataSettings, graph: str = "auto") -> dict[str, Any]:
@@ -139,15 +263,16 @@ def evaluate_artifact(artifact: Path, *, settings: DataSettings, graph: str = "a
         label=settings.label,
         splits=("dev",),
         label_names=loaded.labels,
+        doc_stride=loaded.doc_stride,
     )
-    if data.task.kind != loaded.manifest["task"]["kind"]:
-        raise DataError(
-            f"{settings.path}: the data is for {data.task.kind}, the artifact for {loaded.manifest['task']['kind']}."
-        )
+    if data.task.kind != loaded.kind:
+        raise DataError(f"{settings.path}: the data is for {data.task.kind}, the artifact for {loaded.kind}.")
     classifier = Classifier.load(artifact, graph=graph)
     dev = data.splits["dev"]
+    part = dev.encode(classifier.encoder)
+    logits = classifier.run(part.examples)
     try:
-        metrics = evaluate_metrics(data.task.metrics, logits=classifier.logits(dev.texts, dev.pairs), labels=dev.labels)
+        metrics = evaluate_metrics(data.task.metrics, logits=logits, part=part, label_names=data.labels)
     except ValueError as error:
         raise ArtifactError(f"{artifact}: {error}. Export the student again.") from error
     return {"metrics": metrics, "rows": len(dev), "backend": f"onnxruntime {classifier.graph}", "task": data.task.name}

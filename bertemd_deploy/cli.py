@@ -6,9 +6,9 @@ becomes one message and its exit code; anything else is our own mistake and show
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, ParamSpec
 import typer
 
 from bertemd_deploy import __version__
+from bertemd_deploy.console import silenced
 from bertemd_deploy.errors import BertemdError, RecipeError, missing_extra
 
 app = typer.Typer(
@@ -45,6 +46,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VAL
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 Data = Annotated[str, typer.Option(help="glue/<task>, a folder with train.* and dev.*, or demo.")]
 TaskName = Annotated[str | None, typer.Option(help="Task of a data folder, such as mrpc or regression.")]
+MaxMinutes = Annotated[
+    float | None, typer.Option(min=0.0, help="Stop training after so many minutes, to be continued [default: never].")
+]
 Quantize = Literal["dynamic", "none"]
 LayerMapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
 
@@ -73,12 +77,15 @@ def _stage(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _fail(error: BertemdError) -> None:
-    typer.echo(f"error: {error}", err=True)
+    who = f"process {os.environ.get('RANK')}: " if silenced() else ""
+    typer.echo(f"error: {who}{error}", err=True)
     raise typer.Exit(error.exit_code) from error
 
 
 def _show(record: dict[str, Any], *, as_json: bool, summary: list[str]) -> None:
-    """Print a record, or its summary lines, on stdout."""
+    """Print a record, or its summary lines, on stdout; of several processes the main one does."""
+    if silenced():
+        return
     typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(summary))
 
 
@@ -112,6 +119,7 @@ def run(
         typer.Option("--from", help="Do this stage and the later ones again: finetune distill export bench report."),
     ] = None,
     to_stage: Annotated[str | None, typer.Option("--to", help="Stop after this stage.")] = None,
+    max_minutes: MaxMinutes = None,
     force: Force = False,
     json_: Json = False,
 ) -> None:
@@ -122,7 +130,7 @@ def run(
     resolved = load_recipe(recipe, overrides=set_ or [])
     place = out or Path("runs") / recipe.stem
     first, last = ("export" if stage == "quantize" else stage for stage in (from_stage, to_stage))
-    record = pipeline.run(resolved, out=place, from_stage=first, stop_after=last, force=force)
+    record = pipeline.run(resolved, out=place, from_stage=first, stop_after=last, force=force, max_minutes=max_minutes)
     lines = [f"{name:<16}{_metrics_text(values)}" for name, values in _named_metrics(record)]
     paths = {"artifact": record.get("artifact"), "report": record.get("page")}
     lines += [f"{name:<16}{path}" for name, path in paths.items() if path] or [f"{'run':<16}{place}"]
@@ -163,6 +171,7 @@ def finetune(
     task: TaskName = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs [default: 3].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed [default: 42].")] = None,
+    max_minutes: MaxMinutes = None,
     set_: Set = None,
     force: Force = False,
     json_: Json = False,
@@ -185,7 +194,9 @@ def finetune(
         out,
         inputs=inputs,
         force=force,
-        train=lambda work, **extra: pipeline.finetune_stage(recipe, loaded, max_length, work, **extra),
+        train=lambda work, **extra: pipeline.finetune_stage(
+            recipe, loaded, max_length, work, max_minutes=max_minutes, **extra
+        ),
     )
     _show(record, as_json=json_, summary=[f"dev {_metrics_text(record['metrics'])}", str(out)])
 
@@ -204,11 +215,18 @@ def distill(
     mapping: Annotated[LayerMapping | None, typer.Option(help="Layer mapping [default: emd].")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs [default: 10].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed [default: 42].")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="MAPPING,...", help="One student per mapping, and a table of them.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="SEED,...", help="With --compare: students per mapping [default: the seed].")
+    ] = None,
+    max_minutes: MaxMinutes = None,
     set_: Set = None,
     force: Force = False,
     json_: Json = False,
 ) -> None:
-    """Distil a fine-tuned teacher into a student."""
+    """Distil a fine-tuned teacher into a student, or with --compare into one per layer mapping."""
     from bertemd_deploy import pipeline
     from bertemd_deploy.checkpoints import find_model
 
@@ -223,8 +241,21 @@ def distill(
     if out is None:
         if recipe is None:
             raise RecipeError("distill: name the student folder with --out.")
-        out = Path("runs") / f"{recipe.stem}-student"
+        out = Path("runs") / f"{recipe.stem}-{'comparison' if compare is not None else 'student'}"
+    if seeds is not None and compare is None:
+        raise RecipeError("distill: --seeds belongs to --compare; for one student use --seed.")
     resolved = _recipe(recipe, given, set_)
+    if compare is not None:
+        from bertemd_deploy import comparison
+
+        students = comparison.read_options(compare, seeds, given=given["distill"], overrides=set_ or [])
+        loaded, max_length = pipeline.load_recipe_data(resolved.data)
+        folder = find_model(resolved.teacher.model, sha256=resolved.teacher.sha256)
+        record = comparison.compare_mappings(
+            resolved, folder, loaded, max_length, *students, out=out, force=force, max_minutes=max_minutes
+        )
+        _show(record, as_json=json_, summary=[comparison.text_table(record), str(out)])
+        return
     loaded, max_length = pipeline.load_recipe_data(resolved.data)
     folder = find_model(resolved.teacher.model, sha256=resolved.teacher.sha256)
     inputs = pipeline.distill_inputs(resolved, folder, {"data": loaded.sha256, "max_length": max_length})
@@ -233,7 +264,9 @@ def distill(
         out,
         inputs=inputs,
         force=force,
-        train=lambda work, **extra: pipeline.distill_stage(resolved, folder, loaded, max_length, work, **extra),
+        train=lambda work, **extra: pipeline.distill_stage(
+            resolved, folder, loaded, max_length, work, max_minutes=max_minutes, **extra
+        ),
     )
     lines = [f"{name:<8} {_metrics_text(values)}" for name, values in record["metrics"].items()]
     _show(record, as_json=json_, summary=[*lines, str(out)])
@@ -377,24 +410,24 @@ def predict(
         list[str] | None, typer.Argument(metavar="TEXT...", help="Texts; without any, stdin line by line.")
     ] = None,
     pair: Annotated[
-        bool, typer.Option("--pair", help="Each text is a pair: first and second, separated by a tab.")
+        bool,
+        typer.Option("--pair", help="Each text is a pair (question and context, too), separated by a tab."),
     ] = False,
     graph: Annotated[str, typer.Option(help="auto fp32 int8 fused fused-int8.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads [default: what this process may use].")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
 ) -> None:
-    """Print a label and its probability for each text, in order."""
+    """Print what each text is or holds (a label, several, entities, an answer) with its probability, in order; - for none."""
     from bertemd_deploy.classifier import Classifier
+    from bertemd_deploy.predictions import as_text
 
     classifier = Classifier.load(artifact, graph=graph, threads=threads)
     lines = iter(texts) if texts else _stdin_lines()
     try:
         for prediction in classifier.stream(_rows(lines, pair=pair)):
-            if json_:
-                sys.stdout.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
-            else:
-                label = "" if prediction.label is None else f"{prediction.label}\t"
-                sys.stdout.write(f"{label}{prediction.score:.4f}\n")
+            record = classifier.record(prediction)
+            line = json.dumps(record, ensure_ascii=False) if json_ else as_text(record)
+            sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: nothing to say, and nobody to say it to

@@ -63,10 +63,12 @@ class DataSettings:
     """The data set.
 
     Attributes:
-        path: "demo", "glue/<task>", or a folder with train.* and dev.* (tsv, csv, jsonl, parquet).
+        path: "demo", "glue/<task>", or a folder with train.* and dev.* (formats by task, see `data`).
         task: row of `tasks.TASKS`; null takes it from "glue/<task>" or "demo", and "classification" for a folder.
         max_length: longest input in tokens; null takes the task's.
-        sentence1, sentence2, label: column names; null takes the task's.
+        sentence1, sentence2, label: column names; null takes the task's. For token-classification sentence1 is the column
+            of the tokens; for question-answering sentence1 is the question and sentence2 its context.
+        doc_stride: tokens that neighbouring windows of a long context share (question-answering).
         train_limit: use this many train rows, drawn once with a fixed seed; null uses all.
     """
 
@@ -75,7 +77,8 @@ class DataSettings:
     max_length: int | None = _bounded(None, 4, 8192)
     sentence1: str | None = None
     sentence2: str | None = None
-    label: str = "label"
+    label: str | None = None
+    doc_stride: int = _bounded(128, 0, 8192)
     train_limit: int | None = _bounded(None, 1)
 
 

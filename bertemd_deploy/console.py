@@ -18,6 +18,16 @@ _drawn: ContextVar[Progress | None] = ContextVar("drawn", default=None)
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def silence() -> None:
+    """Say nothing more from this process: of several that train together, one speaks."""
+    _console.quiet = True
+
+
+def silenced() -> bool:
+    """Say whether this process was told to be silent."""
+    return bool(_console.quiet)
+
+
 def note(text: str) -> None:
     """Print one line for the user on stderr."""
     _console.print(text, markup=False)
@@ -60,7 +70,7 @@ def progress(name: str, total: int) -> Iterator[Task]:
 
     Inside another bar (an evaluation inside training) the new one is drawn below it and vanishes at its end.
     """
-    if not sys.stderr.isatty():
+    if silenced() or not sys.stderr.isatty():
         yield Task(None, name, total)
         return
     outer = _drawn.get()

@@ -1,19 +1,27 @@
-"""Data sets: from a folder, the hub or the embedded demo to texts, labels by name, and length-bucketed batches.
+"""Data sets: from a folder, the hub or the embedded demo to splits with labels by name, and length-bucketed batches.
 
-Reads `train.*` and `dev.*` (tsv without quoting, csv, jsonl, parquet), `glue/<task>` through `datasets`, and `demo`. Every
-fault names the file and the line. Labels become class numbers in the order of the task's label names, or sorted by name.
+Reads `train.*` and `dev.*` of a folder (see `records` for the formats), `glue/<task>` through `datasets`, and `demo`.
+Every fault names the file and the line. Labels become numbers in the order of the task's label names, of `labels.txt`
+(multilabel and token-classification), or sorted by name, O first. By kind of task a row holds:
+
+    classification, regression  `sentence` or `sentence1`, `sentence2`; `label`, a name or a number
+    multilabel                  the same texts; `labels`, a list of names, or names parted by `|` or `,`; may be empty
+    token-classification        `tokens` and `tags`, lists of equal length; or CoNLL text (`train.conll`, `train.txt`)
+    question-answering          `id`, `question`, `context`, `answers` {"text": [...], "answer_start": [...]}; or SQuAD's
+                                nested `train.json`. No answer text: the context does not hold the answer
+
+Other names: `data.sentence1` is the first text, the tokens or the question, `data.sentence2` the second text or the context,
+`data.label` the last column. Tags and lists of labels may be numbers where `labels.txt` (one name a line) or a parquet file
+of the `datasets` library names them.
 """
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import hashlib
-import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,58 +29,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.console import note
 from bertemd_deploy.demo import demo_rows
-from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import DataError, RecipeError, missing_extra
+from bertemd_deploy.records import read_names, read_records
+from bertemd_deploy.spans import OUTSIDE, is_entity_tag
+from bertemd_deploy.splits import AnySplit, QuestionSplit, Split, TokenSplit
 from bertemd_deploy.tasks import GLUE, TASKS, Task
 
-SUFFIXES = ("tsv", "csv", "jsonl", "parquet")
 SPLITS = ("train", "dev")
+DOC_STRIDE = 128
 _SAMPLING_SEED = 20201116  # any fixed number; a train subset is the same for every seed of a training run
 
 
 @dataclass(frozen=True)
-class Split:
-    """Texts of one split with their labels: int64 class numbers, or float32 for regression."""
-
-    texts: list[str]
-    pairs: list[str] | None
-    labels: NDArray[Any]
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.texts)
-
-    def encode(self, encoder: TextEncoder) -> DataSlice:
-        """Return the split tokenised."""
-        return DataSlice(encoder.encode(self.texts, self.pairs), self.labels)
-
-
-@dataclass(frozen=True)
 class Dataset:
-    """A task's data: the label names by class number (empty for regression) and its splits by name."""
+    """A task's data: the label names by number (empty for regression and questions) and its splits by name."""
 
     task: Task
     labels: tuple[str, ...]
-    splits: dict[str, Split]
+    splits: dict[str, AnySplit]
     sha256: str
 
     @property
     def outputs(self) -> int:
-        """Model outputs: the number of classes, or 1 for regression."""
-        return len(self.labels) or 1
+        """Model outputs (of each token, where a task reads tokens): the number of labels, 2 for questions, or 1."""
+        return 2 if self.task.kind == "question-answering" else len(self.labels) or 1
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Raw rows of one split: where each came from, its texts, and its label as written."""
+    """Raw rows of one split: where each came from, its first and second value, and its label as written."""
 
     where: list[str]
-    texts: list[str]
-    pairs: list[str] | None
-    labels: list[str]
+    texts: list[Any]
+    pairs: list[Any] | None
+    labels: list[Any]
+    ids: list[str]
+    names: tuple[str, ...] = ()  # of labels written as numbers
 
 
 def load_data(
@@ -81,8 +75,9 @@ def load_data(
     task: str | None = None,
     sentence1: str | None = None,
     sentence2: str | None = None,
-    label: str = "label",
+    label: str | None = None,
     train_limit: int | None = None,
+    doc_stride: int = DOC_STRIDE,
     splits: Sequence[str] = SPLITS,
     label_names: Sequence[str] | None = None,
 ) -> Dataset:
@@ -91,40 +86,42 @@ def load_data(
     Args:
         path: "demo", "glue/<task>", or a folder.
         task: row of `TASKS`; None takes it from `path`, and "classification" for a folder.
-        sentence1: name of the text column; None takes the task's.
-        sentence2: name of the second text column, where there are pairs.
-        label: name of the label column.
+        sentence1: name of the (first) text column, of the tokens or of the question; None takes the task's.
+        sentence2: name of the second text column, where there are pairs, or of the context.
+        label: name of the label column; None takes the task's.
         train_limit: keep this many train rows, drawn with a fixed seed.
+        doc_stride: tokens that neighbouring windows of a long context share; question answering only.
         splits: which of "train" and "dev" to read.
-        label_names: class names in order, where a model fixes them; None takes the task's or the data's.
+        label_names: names in order, where a model fixes them; None takes the task's or the data's.
 
     Raises:
         DataError: a file, column, row or label is missing or malformed; the message names file and line.
         RecipeError: unknown task.
     """
     kind = find_task(path, task)
-    columns: tuple[tuple[str, str | None], ...] = ((sentence1, sentence2),) if sentence1 else kind.columns
+    columns = kind.columns
+    if sentence1:
+        columns = ((sentence1, sentence2 or (kind.columns[0][1] if kind.kind == "question-answering" else None)),)
+    label = label or kind.label_column
     if path == "demo":
         rows = {split: _demo(split) for split in splits}
     elif path.startswith("glue/"):
         rows = {split: _glue(path.removeprefix("glue/"), split, columns, label) for split in splits}
     else:
-        rows = {split: _read_split(Path(path), split, columns, label) for split in splits}
-    names: tuple[str, ...] = ()
-    if kind.kind == "classification":
-        names = tuple(label_names or kind.labels) or _sorted_names(rows[splits[0]].labels)
+        rows = {split: _read_split(Path(path), split, kind, columns, label) for split in splits}
+    names = tuple(label_names or kind.labels) or _names(kind, rows[splits[0]])
     digest = hashlib.sha256(json.dumps([kind.name, names, train_limit]).encode())
-    loaded = {}
+    loaded: dict[str, AnySplit] = {}
     for split in splits:
-        raw = rows[split]
-        labels = _numbers(raw) if kind.kind == "regression" else _classes(raw, names, known_from=splits[0])
-        loaded[split] = Split(raw.texts, raw.pairs, labels)
-        digest.update(json.dumps([split, raw.texts, raw.pairs, labels.tolist()]).encode())
+        loaded[split] = _split(kind, rows[split], names, known_from=splits[0], doc_stride=doc_stride)
+        digest.update(json.dumps([split, *loaded[split].content()]).encode())
     if train_limit is not None and "train" in loaded and train_limit < len(loaded["train"]):
         note(f"data: using {train_limit:,} of {len(loaded['train']):,} train rows (data.train_limit)")
         loaded["train"] = _subset(loaded["train"], train_limit)
-    if names and len(names) < 2:
+    if kind.kind in ("classification", "token-classification") and len(names) < 2:
         raise DataError(f"{path}: every train row has the label {names[0]!r}; a classifier needs at least two classes.")
+    if kind.kind == "multilabel" and not names:
+        raise DataError(f"{path}: no train row has a label; there is nothing to learn. Fill the column {label!r}.")
     return Dataset(kind, names, loaded, digest.hexdigest())
 
 
@@ -159,23 +156,19 @@ def training_batches(
     return [batches[at] for at in generator.permutation(len(batches))]
 
 
-def calibration_rows(split: Split, *, rows: int) -> Split:
+def calibration_rows(split: AnySplit, *, rows: int) -> AnySplit:
     """Return up to `rows` train rows for calibration, drawn with a fixed seed."""
     return split if rows >= len(split) else _subset(split, rows)
 
 
-def _subset(split: Split, rows: int) -> Split:
-    chosen = np.sort(np.random.default_rng(_SAMPLING_SEED).permutation(len(split))[:rows])
-    pairs = None if split.pairs is None else [split.pairs[at] for at in chosen]
-    return dataclasses.replace(
-        split, texts=[split.texts[at] for at in chosen], pairs=pairs, labels=split.labels[chosen]
-    )
+def _subset(split: AnySplit, rows: int) -> AnySplit:
+    return split.select(np.sort(np.random.default_rng(_SAMPLING_SEED).permutation(len(split))[:rows]))
 
 
 def _demo(split: str) -> _Rows:
     rows = demo_rows("train" if split == "train" else "dev")
     where = [f"demo {split} row {at + 1}" for at in range(len(rows))]
-    return _Rows(where, [text for text, _ in rows], None, [label for _, label in rows])
+    return _Rows(where, [text for text, _ in rows], None, [label for _, label in rows], where)
 
 
 def _glue(name: str, split: str, columns: tuple[tuple[str, str | None], ...], label: str) -> _Rows:
@@ -198,37 +191,28 @@ def _glue(name: str, split: str, columns: tuple[tuple[str, str | None], ...], la
     raw = table[label]
     named = [feature.int2str(value) if hasattr(feature, "int2str") else str(value) for value in raw]
     where = [f"glue/{name} {hub_split} row {at + 1}" for at in range(len(named))]
-    return _Rows(where, list(table[first]), list(table[second]) if second else None, named)
+    return _Rows(where, list(table[first]), list(table[second]) if second else None, named, where)
 
 
-def _read_split(folder: Path, split: str, columns: tuple[tuple[str, str | None], ...], label: str) -> _Rows:
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: there is no such data folder. data.path is a folder with train.* and dev.*, glue/<task>, or demo."
-        )
-    present = [folder / f"{split}.{suffix}" for suffix in SUFFIXES if (folder / f"{split}.{suffix}").is_file()]
-    if len(present) != 1:
-        found = ", ".join(path.name for path in present) or "none"
-        raise DataError(f"{folder}: needs exactly one {split} file ({split}.{'|'.join(SUFFIXES)}), found {found}.")
-    path = present[0]
-    readers = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    found_columns, records = readers[path.suffix](path)
-    first, second = _find_columns(found_columns, columns, label, where=str(path))
-    if not records:
-        raise DataError(f"{path}: holds no rows. Give it a header line and at least one row.")
-    kept: list[tuple[str, ...]] = []
-    for where, record in records:
-        row = tuple(record.get(column) for column in (first, label, *([second] if second else [])))
-        for column, value in zip((first, label, second), row, strict=False):
+def _read_split(folder: Path, split: str, task: Task, columns: tuple[tuple[str, str | None], ...], label: str) -> _Rows:
+    first, second = columns[0]
+    path, records = read_records(folder, split, kind=task.kind, columns=(first, second or "", label))
+    first, second = _find_columns(records.columns, columns, label, where=str(path))
+    for where, record in records.rows:
+        for column in filter(None, (first, label, second)):
+            value = record.get(column)
             # A text may be empty (QQP has such questions), a label not: it would become a class of its own.
-            if value is None or value != value or (column == label and not str(value).strip()):
+            blank = column == label and task.kind != "multilabel" and not str(value).strip()
+            if value is None or value != value or blank:
                 raise DataError(f"{where}: nothing in column {column!r}.")
-        kept.append(tuple("" if value is None else str(value) for value in row))
+    listed = task.kind in ("multilabel", "token-classification")
     return _Rows(
-        [where for where, _ in records],
-        [row[0] for row in kept],
-        [row[2] for row in kept] if second else None,
-        [row[1] for row in kept],
+        [where for where, _ in records.rows],
+        [record[first] for _, record in records.rows],
+        [record[second] for _, record in records.rows] if second else None,
+        [record[label] for _, record in records.rows],
+        [str(record.get("id") or where) for where, record in records.rows],
+        (read_names(folder) or records.names.get(label, ())) if listed else (),
     )
 
 
@@ -249,83 +233,17 @@ def _find_columns(
     )
 
 
-_Records = tuple[list[str], list[tuple[str, dict[str, Any]]]]
-
-
-def _read_text(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}). Convert the file, e.g. with iconv -t UTF-8."
-        ) from error
-
-
-def _read_tsv(path: Path) -> _Records:
-    lines = _read_text(path).split("\n")
-    rows = ((number, line.removesuffix("\r").split("\t")) for number, line in enumerate(lines, 1) if line.strip("\r"))
-    return _table(path, rows)
-
-
-def _read_csv(path: Path) -> _Records:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-
-    def rows() -> Iterator[tuple[int, list[str]]]:
-        try:
-            for row in reader:
-                if row:
-                    yield reader.line_num, row
-        except csv.Error as error:
-            raise DataError(f"{path} line {reader.line_num}: not valid CSV ({error}).") from error
-
-    return _table(path, rows())
-
-
-def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> _Records:
-    _, header = next(rows, (0, None))
-    if header is None:
-        raise DataError(f"{path}: the file is empty. Give it a header line and at least one row.")
-    records = []
-    for number, row in rows:
-        if len(row) != len(header):
-            fewer = "too few" if len(row) < len(header) else "too many"
-            raise DataError(f"{path} line {number}: {fewer} fields, found {len(row)}, the header has {len(header)}.")
-        records.append((f"{path} line {number}", dict(zip(header, row, strict=True))))
-    return header, records
-
-
-def _read_jsonl(path: Path) -> _Records:
-    columns: dict[str, None] = {}
-    records = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number}: not valid JSON ({error.msg}).") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path} line {number}: each line is an object, found {type(record).__name__}.")
-        columns |= dict.fromkeys(record)
-        records.append((f"{path} line {number}", record))
-    if not records:
-        raise DataError(f'{path}: the file is empty. Each line is an object such as {{"sentence": …, "label": …}}.')
-    return list(columns), records
-
-
-def _read_parquet(path: Path) -> _Records:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise missing_extra("train", package="pyarrow") from error
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}).") from error
-    return table.column_names, [(f"{path} row {at + 1}", row) for at, row in enumerate(table.to_pylist())]
+def _names(task: Task, rows: _Rows) -> tuple[str, ...]:
+    """Return the label names that a split of the data has, in order."""
+    if task.kind == "classification":
+        return _sorted_names([str(label) for label in rows.labels])
+    if task.kind not in ("multilabel", "token-classification"):
+        return ()
+    read = _row_labels if task.kind == "multilabel" else _row_tags
+    if rows.names:
+        return rows.names
+    found = _sorted_names([name for at in range(len(rows.labels)) for name in read(rows, at)])
+    return tuple(sorted(found, key=OUTSIDE.__ne__)) if task.kind == "token-classification" else found
 
 
 def _sorted_names(labels: Sequence[str]) -> tuple[str, ...]:
@@ -335,25 +253,129 @@ def _sorted_names(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def _split(task: Task, rows: _Rows, names: tuple[str, ...], *, known_from: str, doc_stride: int) -> AnySplit:
+    """Return a split's rows with their labels as numbers."""
+    if task.kind == "question-answering":
+        pairs = rows.pairs or []
+        answers = [_row_answers(rows, at, str(context)) for at, context in enumerate(pairs)]
+        return QuestionSplit(rows.ids, [str(text) for text in rows.texts], list(map(str, pairs)), answers, doc_stride)
+    if task.kind == "token-classification":
+        numbers = {name: at for at, name in enumerate(names)}
+        words, tags = [], []
+        for at, value in enumerate(rows.texts):
+            found = _row_tags(rows, at)
+            if "entity_f1" in task.metrics and (odd := [tag for tag in found if not is_entity_tag(tag)]):
+                raise DataError(
+                    f"{rows.where[at]}: {odd[0]!r} is no tag of an entity; those are O, or B-, I-, E- or S- with a type. "
+                    "For tags that mark no entities set data.task: tagging."
+                )
+            tags.append([_number(tag, numbers, rows.where[at], known_from) for tag in found])
+            words.append(list(value))
+        return TokenSplit(words, tags)
+    texts = [str(text) for text in rows.texts]
+    second = None if rows.pairs is None else [str(text) for text in rows.pairs]
+    if task.kind == "regression":
+        return Split(texts, second, _numbers(rows), "regression")
+    if task.kind == "multilabel":
+        return Split(texts, second, _several(rows, names, known_from=known_from), "multilabel")
+    return Split(texts, second, _classes(rows, names, known_from=known_from))
+
+
+def _row_labels(rows: _Rows, at: int) -> list[str]:
+    """Return the label names of one row of a multilabel split."""
+    value = rows.labels[at]
+    if isinstance(value, str):
+        return [name for part in re.split(r"[|,]", value) if (name := part.strip())]
+    if not isinstance(value, list):
+        raise DataError(
+            f"{rows.where[at]}: the labels should be a list of names (or text with names parted by | or ,), "
+            f"found {value!r}."
+        )
+    return [_name(rows, at, item) for item in value]
+
+
+def _row_tags(rows: _Rows, at: int) -> list[str]:
+    """Return the tag names of one sentence, after checking them and its words."""
+    words, tags = rows.texts[at], rows.labels[at]
+    for value, what in ((words, "tokens"), (tags, "tags")):
+        if not isinstance(value, list) or not value:
+            raise DataError(f"{rows.where[at]}: the {what} should be a list with at least one item, found {value!r}.")
+    if not all(isinstance(word, str) for word in words):
+        raise DataError(f"{rows.where[at]}: each token should be text, found {words!r}.")
+    if len(words) != len(tags):
+        raise DataError(f"{rows.where[at]}: {len(words)} tokens but {len(tags)} tags. Each token needs one.")
+    return [_name(rows, at, item) for item in tags]
+
+
+def _name(rows: _Rows, at: int, value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not rows.names:
+            raise DataError(
+                f"{rows.where[at]}: the label {value} is a number without a name. Add labels.txt beside the file, one name "
+                "a line in the order of the numbers, or write names."
+            )
+        if 0 <= value < len(rows.names):
+            return rows.names[value]
+        raise DataError(f"{rows.where[at]}: the label {value} is not one of 0 to {len(rows.names) - 1}.")
+    raise DataError(f"{rows.where[at]}: a label should be a name, found {value!r}.")
+
+
+def _row_answers(rows: _Rows, at: int, context: str) -> list[tuple[str, int]]:
+    """Return the accepted answers of one question with their places, after checking that they stand there."""
+    value, where = rows.labels[at], rows.where[at]
+    texts, starts = (value.get(key) if isinstance(value, dict) else None for key in ("text", "answer_start"))
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise DataError(
+            f'{where}: the answers should be {{"text": [...], "answer_start": [...]}} with lists of equal length (empty '
+            f"where there is no answer), found {value!r}."
+        )
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text.strip() or not isinstance(start, int) or isinstance(start, bool):
+            raise DataError(
+                f"{where}: an answer is a text and the number of its first character, found {text!r}, {start!r}."
+            )
+        found = context[start : start + len(text)] if start >= 0 else ""
+        if found != text:
+            raise DataError(
+                f"{where}: the answer {text!r} does not stand at answer_start {start} of its context; there is {found!r}."
+            )
+    return list(zip(texts, starts, strict=True))
+
+
+def _number(name: str, numbers: dict[str, int], where: str, known_from: str) -> int:
+    if name not in numbers:
+        known = list(numbers)
+        raise DataError(
+            f"{where}: unknown label {name!r}; known from the {known_from} split or the task: "
+            f"{', '.join(known[:20])}{', …' if len(known) > 20 else ''}."
+        )
+    return numbers[name]
+
+
 def _classes(rows: _Rows, names: tuple[str, ...], *, known_from: str) -> NDArray[np.int64]:
     """Return class numbers; a label may be written as its name or, where no name is a number, as its number."""
     numbers = {name: at for at, name in enumerate(names)}
-    if not any(name.isdigit() for name in names):
-        numbers |= {str(at): at for at in range(len(names))}
+    by_number = {} if any(name.isdigit() for name in names) else {str(at): at for at in range(len(names))}
     classes = np.empty(len(rows.labels), dtype=np.int64)
-    for at, name in enumerate(rows.labels):
-        if name not in numbers:
-            raise DataError(
-                f"{rows.where[at]}: unknown label {name!r}; known from the {known_from} split or the task: "
-                f"{', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
-            )
-        classes[at] = numbers[name]
+    for at, name in enumerate(map(str, rows.labels)):
+        classes[at] = by_number[name] if name in by_number else _number(name, numbers, rows.where[at], known_from)
     return classes
+
+
+def _several(rows: _Rows, names: tuple[str, ...], *, known_from: str) -> NDArray[np.float32]:
+    """Return (n, labels) of 0 and 1."""
+    numbers = {name: at for at, name in enumerate(names)}
+    labels = np.zeros((len(rows.labels), len(names)), dtype=np.float32)
+    for at in range(len(rows.labels)):
+        labels[at, [_number(name, numbers, rows.where[at], known_from) for name in _row_labels(rows, at)]] = 1
+    return labels
 
 
 def _numbers(rows: _Rows) -> NDArray[np.float32]:
     numbers = np.empty(len(rows.labels), dtype=np.float32)
-    for at, text in enumerate(rows.labels):
+    for at, text in enumerate(map(str, rows.labels)):
         try:
             value = float(text)
         except ValueError:

@@ -7,27 +7,32 @@ a Hugging Face folder (safetensors) with the slices and facts that export needs 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from bertemd_deploy.artifact import write_slices
-from bertemd_deploy.bench.environment import uses_bfloat16
-from bertemd_deploy.checkpoints import WEIGHTS, checked_encoder, find_model, label_order
+from bertemd_deploy.artifact import DataSlice, write_slices
+from bertemd_deploy.checkpoints import WEIGHTS, checked_encoder, label_order
 from bertemd_deploy.config import DistillSettings, StudentSettings
 from bertemd_deploy.console import note, warn
 from bertemd_deploy.data import Dataset, calibration_rows
+from bertemd_deploy.devices import keep_products_in_bfloat16, training_device, trains_in_bfloat16
 from bertemd_deploy.encoding import TextEncoder
-from bertemd_deploy.evaluate import check_teacher, dev_metrics
-from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES
+from bertemd_deploy.evaluate import check_teacher, dev_metrics, torch_logits
+from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES, task_facts
+from bertemd_deploy.families import sizes as teacher_sizes
 from bertemd_deploy.files import new_file, sha256_file, write_json
 from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
 from bertemd_deploy.objective import Distiller, Objective
-from bertemd_deploy.students import build_student, check_same_tokens, student_shape
-from bertemd_deploy.training import Schedule, fit, torch_logits
+from bertemd_deploy.processes import join_processes
+from bertemd_deploy.students import build_student, student_shape
+from bertemd_deploy.tasks import Kind
+from bertemd_deploy.teacher_cache import CachedTeacher, cache_key
+from bertemd_deploy.training import Schedule, fit
 
 _MARGINAL_POINTS = 200
 
@@ -44,6 +49,8 @@ def distill(
     log: Path,
     teacher_name: str,
     beside: Callable[[Path, dict[str, Any]], None] | None = None,
+    max_minutes: float | None = None,
+    language_model: Path | None = None,
 ) -> dict[str, Any]:
     """Distil the teacher into a student and save it to `out`.
 
@@ -58,6 +65,8 @@ def distill(
         teacher_name: what the teacher is called in the artifact.
         beside: called with the new student folder before it appears, and the record, to write more files into it.
         log: `distill.jsonl`: losses, flows, marginals, learning rate, tokens/s of every logging step.
+        max_minutes: stop after so long, to be continued; None never stops.
+        language_model: checkpoint whose masked-LM head writes augmented rows; None takes the teacher's.
 
     Returns:
         The record: metrics of teacher and student, layers, steps, best epoch.
@@ -65,23 +74,40 @@ def distill(
     Raises:
         ModelError: teacher or student do not fit the data or each other, or the teacher is refused.
         EmdError: a cost is not finite or the flow cannot be solved.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, memory is short, or another process died.
+        UnfinishedError: `max_minutes` are over.
     """
+    processes = join_processes()
     encoder = checked_encoder(teacher_folder, max_length=max_length)
-    order = label_order(teacher_folder, data.labels)
-    teacher = load_classifier(teacher_folder, labels=data.labels)
+    kind = data.task.kind
+    order = label_order(teacher_folder, data.labels, kind=kind)
+    teacher = load_classifier(teacher_folder, labels=data.labels, kind=kind)
     reorder_outputs(teacher, order)
-    set_labels(teacher, data.labels)
+    set_labels(teacher, data.labels, kind=kind)
     train, dev = data.splits["train"].encode(encoder), data.splits["dev"].encode(encoder)
-    teacher_logits = torch_logits(teacher, dev.examples, pad_id=encoder.pad_id)
-    teacher_metrics = check_teacher(
-        teacher_logits, dev.labels, task=data.task, names=data.labels, where=str(teacher_folder)
-    )
+    if settings.augmentation != "none":
+        from bertemd_deploy.augmentation import augment
+
+        train = augment(
+            train,
+            kind=kind,
+            method=settings.augmentation,
+            copies=settings.augmentation_copies,
+            rate=settings.augmentation_rate,
+            seed=settings.seed,
+            encoder=encoder,
+            teacher_folder=language_model or teacher_folder,
+        )
+    device = training_device()
+    teacher.to(device).requires_grad_(False)
+    teacher_logits = torch_logits(teacher, dev.examples, pad_id=encoder.pad_id, processes=processes)
+    teacher_metrics = check_teacher(teacher_logits, dev, task=data.task, names=data.labels, where=str(teacher_folder))
     note("teacher: dev " + " ".join(f"{name} {value:.4f}" for name, value in teacher_metrics.items()))
-    trained, sizes, start = _make_student(teacher, encoder, student=student, settings=settings)
+    trained, sizes, start = _make_student(teacher, encoder, student=student, settings=settings, kind=data.task.kind)
     note(
         f"student: {sizes['student_layers']} of {sizes['teacher_layers']} layers, from {start}; mapping {settings.mapping}"
     )
+    trained.to(device)
     mapping = LayerMapping(
         settings.mapping,
         sizes["teacher_layers"],
@@ -90,6 +116,11 @@ def distill(
         temperature=settings.emd_temperature,
         separate=settings.separate_marginals,
     )
+    bfloat16 = trains_in_bfloat16(settings.precision)
+    if bfloat16:
+        keep_products_in_bfloat16(teacher)
+    objective = Objective(teacher, trained, mapping, settings, kind=kind, bfloat16=bfloat16, processes=processes)
+    cached = _teacher_cache(objective, checkpoints / "teacher-cache", train, max_length=max_length, settings=settings)
     done = fit(
         trained,
         schedule=Schedule(
@@ -102,33 +133,41 @@ def distill(
             settings.max_grad_norm,
             settings.logging_steps,
             settings.checkpoint_seconds,
-            uses_bfloat16(settings.precision),
+            settings.micro_batch_size,
+            max_minutes,
         ),
         data=train,
         pad_id=encoder.pad_id,
-        step=Objective(teacher, trained, mapping, settings, regression=data.task.kind == "regression"),
-        evaluate=lambda: dev_metrics(trained.student, dev, task=data.task, pad_id=encoder.pad_id),
+        objective=objective,
+        evaluate=lambda: dev_metrics(
+            trained.student, dev, task=data.task, pad_id=encoder.pad_id, names=data.labels, processes=processes
+        ),
         metric=data.task.metrics[0],
         checkpoints=checkpoints,
         log=log,
         name="distill",
         extra_state=mapping,
+        processes=processes,
     )
+    if cached is not None:
+        cached.close(remove=processes.main)
     metrics = {"teacher": teacher_metrics, "student": done.epochs[done.best_epoch - 1]}
     summary = summarise(log) | sizes | {
         "mapping": settings.mapping,
         "epochs": settings.epochs,
         "best_epoch": done.best_epoch,
         "steps": done.step,
+        "tokens": done.tokens,
+        "seconds": round(done.seconds, 3),
         "seed": settings.seed,
-        "precision": "bfloat16" if uses_bfloat16(settings.precision) else "float32",
+        "precision": "bfloat16" if bfloat16 else "float32",
         "train_rows": len(train.labels),
         "start": start,
     }  # fmt: skip
     calibration = calibration_rows(data.splits["train"], rows=CALIBRATION_ROWS).encode(encoder)
     facts = {
         "schema_version": 1,
-        "task": {"name": data.task.name, "kind": data.task.kind, "metrics": list(data.task.metrics)},
+        "task": task_facts(data),
         "labels": list(data.labels),
         "max_length": max_length,
         "teacher": {
@@ -149,29 +188,57 @@ def distill(
         if beside is not None:
             beside(folder, record)
 
-    save_model(trained.student, out, tokenizer_from=teacher_folder, beside=write_beside)
+    if processes.main:
+        save_model(trained.student.cpu(), out, tokenizer_from=teacher_folder, beside=write_beside)
+    processes.wait()
     return record
 
 
+def _teacher_cache(
+    objective: Objective, folder: Path, train: DataSlice, *, max_length: int, settings: DistillSettings
+) -> CachedTeacher | None:
+    """Put a cache before the objective's teacher, where the settings allow one any space."""
+    if not settings.teacher_cache_bytes:
+        return None
+    steps = math.ceil(len(train) / settings.batch_size)
+    split = settings.micro_batch_size is not None and settings.micro_batch_size < settings.batch_size
+    calls = 2 if split and objective.mapping.solves else 1
+    cached = CachedTeacher(
+        objective.teacher_tensors,
+        folder=folder,
+        key=cache_key(
+            objective.teacher,
+            train.examples,
+            max_length=max_length,
+            precision="bfloat16" if objective.bfloat16 else "float32",
+            layers=objective.layers,
+        ),
+        examples=train.examples,
+        budget=settings.teacher_cache_bytes,
+        passes=lambda: calls * (settings.epochs - objective.number // steps),
+        leader=objective.processes.main,
+        processes=objective.processes.size,
+    )
+    objective.cache = cached
+    return cached
+
+
 def _make_student(
-    teacher: nn.Module, encoder: TextEncoder, *, student: StudentSettings, settings: DistillSettings
+    teacher: nn.Module, encoder: TextEncoder, *, student: StudentSettings, settings: DistillSettings, kind: Kind
 ) -> tuple[Distiller, dict[str, int], str]:
     """Return the module to train, the two layer counts, and where the student's weights come from."""
-    source: Any = teacher.config
-    shape = student_shape(student, source.to_dict())
-    start = shape.start if student.init == "auto" else student.init
-    if start not in ("teacher", "random"):
-        check_same_tokens(find_model(start), encoder)
-    model, told = build_student(teacher, shape=shape, init=student.init, seed=settings.seed)
-    widths = {"student_hidden": int(shape.hidden or 0), "teacher_hidden": int(source.hidden_size)}
+    source: dict[str, Any] = teacher.config.to_dict()  # type: ignore[union-attr, operator]
+    theirs, shape = teacher_sizes(source), student_shape(student, source)
+    model, told = build_student(teacher, shape=shape, init=student.init, seed=settings.seed, encoder=encoder, kind=kind)
+    widths = {"student_hidden": int(shape.hidden or 0), "teacher_hidden": theirs.hidden}
     needed = settings.hidden_projection or widths["student_hidden"] != widths["teacher_hidden"]
     trained = Distiller(model, **widths, project=needed and settings.mapping != "none", seed=settings.seed)
-    if shape.heads != source.num_attention_heads and settings.mapping != "none":
+    if shape.heads != theirs.heads and settings.mapping != "none":
         warn(
-            f"heads differ (teacher {source.num_attention_heads}, student {shape.heads}): "
+            f"heads differ (teacher {theirs.heads}, student {shape.heads}): "
             "the mean of the attention scores over heads is compared"
         )
-    return trained, {"teacher_layers": int(source.num_hidden_layers), "student_layers": shape.layers}, told
+    return trained, {"teacher_layers": theirs.layers, "student_layers": shape.layers}, told
 
 
 def summarise(log: Path) -> dict[str, Any]:

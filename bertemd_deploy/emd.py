@@ -11,13 +11,15 @@ differences over real positions; padding counts neither in the sum nor in the de
 padded sizes; on unpadded batches the two agree). No layer pair is ever visited by itself: with x_i, y_j the flattened
 layers and K their number of real elements,
     C[i, j] = (|x_i|^2 + |y_j|^2 - 2 <x_i, y_j>) / K        one matrix product, accumulated in float32
-For attention, <S1, S2>_F of two score maps S = Q K^T is sum((Q1^T Q2) * (K1^T K2)): d x d products and no T x T map.
+For attention, <S1, S2>_F of two score maps S = Q K^T is sum((Q1^T Q2) * (K1^T K2)): d x d products and no T x T map. How the
+sums are computed block by block, and their gradients, is in `ground_cost`.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -27,51 +29,47 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bertemd_deploy.errors import EmdError
+from bertemd_deploy.ground_cost import attention_sums, hidden_sums
 
+Layers = Tensor | Sequence[Tensor]
 AttentionMethod = Literal["auto", "scores", "factored"]
 CostAttention = Literal["ratio", "softmax"]
 _MASS_TOLERANCE = 1e-6
 _COST_FLOOR = 1e-9  # of the largest unit cost: keeps a free layer's weight finite
 
 
-def hidden_cost(teacher: Tensor, student: Tensor, *, mask: Tensor) -> Tensor:
+def hidden_cost(teacher: Layers, student: Layers, *, mask: Tensor) -> Tensor:
     """Return C_H, the mean squared difference of every teacher and student layer's hidden states.
 
     C_H[i, j] = mean((h_teacher[i] - W h_student[j])^2) over real tokens and teacher width.
 
     Args:
-        teacher: (M, B, T, H) hidden states.
-        student: (N, B, T, H) hidden states, already projected by W where widths differ.
+        teacher: (M, B, T, H) hidden states, or a sequence of M (B, T, H).
+        student: (N, B, T, H) hidden states, or a sequence, already projected by W where widths differ.
         mask: (B, T) bool, True at real tokens.
 
     Returns:
-        (M, N) float32 costs, at least 0, differentiable in both.
+        (M, N) float32 costs, at least 0, differentiable once in both.
 
     Raises:
         EmdError: the shapes do not fit, or no token is real.
     """
-    if teacher.shape[1:] != student.shape[1:] or mask.shape != teacher.shape[1:3]:
+    teachers, students = _layers(teacher), _layers(student)
+    shapes = {tuple(layer.shape) for layer in (*teachers, *students)}
+    if len(shapes) != 1 or mask.shape != teachers[0].shape[:2]:
         raise EmdError(
-            f"hidden_cost: teacher {tuple(teacher.shape)}, student {tuple(student.shape)} and mask {tuple(mask.shape)} "
+            f"hidden_cost: teacher {_shape(teachers)}, student {_shape(students)} and mask {tuple(mask.shape)} "
             "should agree in batch, tokens and width."
         )
-    _check_mask(mask)
-    elements = _real(int(mask.sum())) * teacher.shape[-1]
-    x = teacher[:, mask].flatten(1)
-    y = student[:, mask].flatten(1)
-    with torch.autocast(x.device.type, enabled=False):
-        x, y = x.float(), y.float()
-        # Subtracting one vector from every layer changes no difference and keeps the products small: less cancellation.
-        centre = x.detach().mean(0)
-        x, y = x - centre, y - centre
-        return _squared_distances(x @ y.T, x.square().sum(1), y.square().sum(1)) / elements
+    elements = _real_tokens(mask).sum() * teachers[0].shape[-1]
+    return hidden_sums(teachers, students, mask=_padded(mask)) / elements
 
 
 def attention_cost(
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    student_query: Tensor,
-    student_key: Tensor,
+    teacher_query: Layers,
+    teacher_key: Layers,
+    student_query: Layers,
+    student_key: Layers,
     *,
     mask: Tensor,
     method: AttentionMethod = "auto",
@@ -82,36 +80,36 @@ def attention_cost(
     counts head meets head; with unequal ones the head means of the scores are compared.
 
     Args:
-        teacher_query: (M, B, A, T, d) before scaling.
-        teacher_key: (M, B, A, T, d).
-        student_query: (N, B, A', T, d') before scaling.
-        student_key: (N, B, A', T, d').
+        teacher_query: (M, B, A, T, d) before scaling, or a sequence of M (B, A, T, d).
+        teacher_key: likewise.
+        student_query: (N, B, A', T, d') before scaling, or a sequence.
+        student_key: likewise.
         mask: (B, T) bool, True at real tokens.
         method: "scores" builds the score maps, "factored" never does, "auto" takes the one with less arithmetic. Same
             result either way.
 
     Returns:
-        (M, N) float32 costs, at least 0, differentiable in all four.
+        (M, N) float32 costs, at least 0, differentiable once in all four.
 
     Raises:
         EmdError: the shapes do not fit, or no token is real.
     """
-    if teacher_query.shape[1] != student_query.shape[1] or teacher_query.shape[3] != student_query.shape[3]:
-        raise EmdError(
-            f"attention_cost: teacher {tuple(teacher_query.shape)} and student {tuple(student_query.shape)} "
-            "should agree in batch and tokens."
-        )
-    with torch.autocast(teacher_query.device.type, enabled=False):
-        teacher = _scaled_heads(teacher_query, teacher_key, mask)
-        student = _scaled_heads(student_query, student_key, mask)
-        if teacher[0].shape[2] != student[0].shape[2]:
-            teacher, student = _mean_head(*teacher), _mean_head(*student)
-        if method == "auto":
-            method = _cheaper_method(teacher[0].shape, student[0].shape)
-        compute = _cost_from_scores if method == "scores" else _cost_factored
-        lengths = mask.sum(1)
-        elements = _real(int(lengths.square().sum())) * teacher[0].shape[2]
-        return compute(teacher, student) / elements
+    teacher = list(zip(_layers(teacher_query), _layers(teacher_key), strict=True))
+    student = list(zip(_layers(student_query), _layers(student_key), strict=True))
+    for pairs in (teacher, student):
+        shapes = {tuple(part.shape) for pair in pairs for part in pair}
+        if len(shapes) != 1 or (pairs[0][0].shape[0], pairs[0][0].shape[2]) != mask.shape:
+            raise EmdError(
+                f"attention_cost: query {_shape([pair[0] for pair in pairs])}, key {_shape([pair[1] for pair in pairs])} "
+                f"and mask {tuple(mask.shape)} do not fit."
+            )
+    lengths = _real_tokens(mask)
+    heads = teacher[0][0].shape[1]
+    if heads != student[0][0].shape[1]:
+        teacher, student = ([_mean_head(*pair) for pair in pairs] for pairs in (teacher, student))
+        heads = 1
+    chosen = None if method == "auto" else method
+    return attention_sums(teacher, student, mask=_padded(mask), method=chosen) / (lengths.square().sum() * heads)
 
 
 def solve_flow(cost_matrix: Tensor, *, teacher_weights: Tensor, student_weights: Tensor) -> Tensor:
@@ -224,76 +222,34 @@ def _exact_flow(cost: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np
     return np.asarray(flow, dtype=np.float64)
 
 
-def _check_mask(mask: Tensor) -> None:
+def _layers(layers: Layers) -> list[Tensor]:
+    return list(layers)
+
+
+def _shape(layers: list[Tensor]) -> tuple[int, ...]:
+    return (len(layers), *layers[0].shape)
+
+
+def _real_tokens(mask: Tensor) -> Tensor:
+    """Return (B,) counts of real tokens."""
     if mask.dtype != torch.bool:  # ones and zeros would pick rows 1 and 0 instead of masking
         raise EmdError(f"the mask should be bool, found {mask.dtype}. Pass attention_mask.bool().")
-
-
-def _real(count: int) -> int:
-    if count == 0:
+    # On an accelerator asking would wait for it; the quotient is not a number there, which solve_flow reports.
+    if mask.device.type == "cpu" and not mask.any():
         raise EmdError("the mask marks no real token; a cost over nothing is not defined.")
-    return count
+    return mask.sum(1)
 
 
-def _squared_distances(products: Tensor, teacher_squares: Tensor, student_squares: Tensor) -> Tensor:
-    """Return (M, N) |x|^2 + |y|^2 - 2 <x, y>, clamped at 0 where cancellation left a tiny negative."""
-    return (teacher_squares[:, None] + student_squares[None, :] - 2.0 * products).clamp(min=0.0)
-
-
-def _scaled_heads(query: Tensor, key: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return masked float32 queries (divided by sqrt(d)) and keys: padded positions give scores of 0."""
-    if query.shape != key.shape or mask.shape != (query.shape[1], query.shape[3]):
-        raise EmdError(
-            f"attention_cost: query {tuple(query.shape)}, key {tuple(key.shape)} and mask {tuple(mask.shape)} do not fit."
-        )
-    _check_mask(mask)
-    real = mask[None, :, None, :, None]
-    scale = 1.0 / math.sqrt(query.shape[-1])
-    return query.float().masked_fill(~real, 0.0) * scale, key.float().masked_fill(~real, 0.0)
+def _padded(mask: Tensor) -> Tensor | None:
+    """Return the mask, or None where it is known that nothing is padded."""
+    return None if mask.device.type == "cpu" and bool(mask.all()) else mask
 
 
 def _mean_head(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return one head whose scores are the mean over heads: mean_a Q_a K_a^T = [Q_1 .. Q_A] [K_1 .. K_A]^T / A."""
-    layers, batch, heads, tokens, size = query.shape
-    shape = (layers, batch, 1, tokens, heads * size)
-    return query.transpose(2, 3).reshape(shape) / heads, key.transpose(2, 3).reshape(shape)
+    """Return one head whose scores are the mean over heads, each scaled by its own 1 / sqrt(d).
 
-
-def _cheaper_method(teacher: torch.Size, student: torch.Size) -> AttentionMethod:
-    """Return the method with fewer multiplications for one head of one example."""
-    (teachers, _, _, tokens, teacher_size), (students, _, _, _, student_size) = teacher, student
-    wide_teacher, wide_student = teachers * teacher_size, students * student_size
-    scores = tokens**2 * (wide_teacher + wide_student + teachers * students)
-    own = teachers * teacher_size**2 + students * student_size**2
-    factored = 2 * tokens * (wide_teacher * wide_student + own)
-    return "factored" if factored < scores else "scores"
-
-
-def _cost_from_scores(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> Tensor:
-    x = (teacher[0] @ teacher[1].transpose(-1, -2)).flatten(1)
-    y = (student[0] @ student[1].transpose(-1, -2)).flatten(1)
-    centre = x.detach().mean(0)
-    x, y = x - centre, y - centre
-    return _squared_distances(x @ y.T, x.square().sum(1), y.square().sum(1))
-
-
-def _cost_factored(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> Tensor:
-    products = _factored_products(teacher, student)
-    return _squared_distances(products, _factored_squares(*teacher), _factored_squares(*student))
-
-
-def _factored_products(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> Tensor:
-    """Return (M, N) inner products of score maps, one batched d x d product for queries and one for keys."""
-    (teachers, _, _, _, size), (students, _, _, _, other) = teacher[0].shape, student[0].shape
-
-    def gram(left: Tensor, right: Tensor) -> Tensor:
-        # (B, A, M d, T) @ (B, A, T, N d')
-        return left.permute(1, 2, 0, 4, 3).flatten(2, 3) @ right.permute(1, 2, 3, 0, 4).flatten(3, 4)
-
-    both = (gram(teacher[0], student[0]) * gram(teacher[1], student[1])).sum((0, 1))
-    return both.view(teachers, size, students, other).sum((1, 3))
-
-
-def _factored_squares(query: Tensor, key: Tensor) -> Tensor:
-    """Return (layers,) squared norms of the score maps."""
-    return ((query.transpose(-1, -2) @ query) * (key.transpose(-1, -2) @ key)).sum((1, 2, 3, 4))
+    mean_a Q_a K_a^T / sqrt(d) = [Q_1 .. Q_A] [K_1 .. K_A]^T / (A sqrt(d)), and the one head of size A d is scaled by
+    1 / sqrt(A d), so the queries are divided by sqrt(A).
+    """
+    heads = query.shape[1]
+    return query.transpose(1, 2).flatten(2)[:, None].float() / math.sqrt(heads), key.transpose(1, 2).flatten(2)[:, None]

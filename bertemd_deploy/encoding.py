@@ -6,15 +6,21 @@ are kept ragged (no padding); a batch is padded to its own longest row, and rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from bertemd_deploy.errors import ModelError
+from bertemd_deploy.errors import DataError, ModelError
+
+_Row = TypeVar("_Row")
+_CHUNK = 1024  # texts whose tokens and offsets are held as objects at once
 
 
 @dataclass(frozen=True)
@@ -122,15 +128,103 @@ class TextEncoder:
         """
         rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         encodings = self._tokenizer.encode_batch_fast(rows)
-        lengths = np.fromiter((len(encoding) for encoding in encodings), dtype=np.int64, count=len(encodings))
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        tokens = np.empty(int(offsets[-1]), dtype=np.int32)
-        types = np.empty(int(offsets[-1]), dtype=np.int8)
-        for at, encoding in enumerate(encodings):
-            tokens[offsets[at] : offsets[at + 1]] = encoding.ids
-            types[offsets[at] : offsets[at + 1]] = encoding.type_ids
-        return Encoded(tokens, types, offsets)
+        return _join((encoding.ids, encoding.type_ids) for encoding in encodings)
+
+    def encode_words(self, sentences: Sequence[Sequence[str]]) -> tuple[Encoded, NDArray[np.int32]]:
+        """Tokenise sentences that are split into words already; what is beyond the maximum length is cut off.
+
+        Returns:
+            The rows, and for every token (sum of lengths,) int32 the number of the word that it is the first piece of, or
+            -1 for further pieces and special tokens. A word that the tokenizer drops (such as a control character) or
+            that was cut off has no token.
+        """
+        rows, words = [], []
+        for chunk in _chunks(sentences):
+            for encoding in self._of_words.encode_batch([list(sentence) for sentence in chunk], is_pretokenized=True):
+                numbers = np.array([-1 if at is None else at for at in encoding.word_ids], dtype=np.int32)
+                numbers[1:][numbers[1:] == numbers[:-1]] = -1
+                rows.append((encoding.ids, encoding.type_ids))
+                words.append(numbers)
+        return _join(rows), np.concatenate([np.zeros(0, dtype=np.int32), *words])
+
+    def encode_windows(
+        self, questions: Sequence[str], contexts: Sequence[str], *, overlap: int, names: Sequence[str] = ()
+    ) -> tuple[Encoded, NDArray[np.int32], NDArray[np.int32]]:
+        """Tokenise question and context pairs, a context that is too long in overlapping windows behind its question.
+
+        Args:
+            questions: first texts, never cut.
+            contexts: second texts.
+            overlap: tokens that neighbouring windows share; at most half of the room that the question leaves.
+            names: what the examples are called in an error; None takes their numbers.
+
+        Returns:
+            The rows; (rows,) int32 the example each is of; (sum of lengths, 2) int32 the first and behind-last character
+            of every token in its context, -1 outside of it.
+
+        Raises:
+            DataError: a question leaves no room for its context.
+            ValueError: `questions` has another length than `contexts`.
+        """
+        rows: list[tuple[Sequence[int], Sequence[int]]] = []
+        example: list[int] = []
+        spans: list[NDArray[np.int32]] = []
+        number = -1
+        for chunk in _chunks(list(zip(questions, contexts, strict=True))):
+            for encoding in self._whole.encode_batch(chunk):
+                number += 1
+                inside = np.flatnonzero(np.array([part == 1 for part in encoding.sequence_ids], dtype=bool))
+                places = np.full((len(encoding.ids), 2), -1, dtype=np.int32)
+                places[inside] = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)[inside]
+                first, behind = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (len(places), len(places))
+                room = self.max_length - (len(places) - (behind - first))
+                if room < 1:
+                    raise DataError(
+                        f"question {names[number] if names else number}: it fills {self.max_length - room} of "
+                        f"{self.max_length} tokens and leaves no room for its context. Shorten it, or raise data.max_length."
+                    )
+                for start in _window_starts(behind - first, room=room, overlap=overlap):
+                    kept = np.r_[:first, first + start : min(first + start + room, behind), behind : len(places)]
+                    rows.append((np.take(encoding.ids, kept), np.take(encoding.type_ids, kept)))
+                    example.append(number)
+                    spans.append(places[kept])
+        return _join(rows), np.array(example, dtype=np.int32), np.concatenate([np.zeros((0, 2), np.int32), *spans])
+
+    @functools.cached_property
+    def _whole(self) -> Tokenizer:
+        """The tokenizer without truncation."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.no_truncation()
+        return tokenizer
+
+    @functools.cached_property
+    def _of_words(self) -> Tokenizer:
+        """The tokenizer for lists of words: with a blank before every word where blanks are parts of tokens."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        if getattr(tokenizer.pre_tokenizer, "add_prefix_space", True) is False:
+            tokenizer.pre_tokenizer.add_prefix_space = True
+        return tokenizer
 
     def vocabulary(self) -> dict[str, int]:
         """Return every token with its id."""
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+
+def _window_starts(tokens: int, *, room: int, overlap: int) -> range:
+    """Return where windows of `room` tokens start so that the last one reaches the end of `tokens`."""
+    step = room - min(overlap, room // 2)
+    return range(0, max(1, tokens - room + step), step)
+
+
+def _chunks(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _join(rows: Iterable[tuple[Sequence[int] | NDArray[np.integer], Sequence[int] | NDArray[np.integer]]]) -> Encoded:
+    """Return (ids, types) rows as one."""
+    kept = [(np.asarray(ids, dtype=np.int32), np.asarray(types, dtype=np.int8)) for ids, types in rows]
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept], dtype=np.int64)]).astype(np.int64)
+    tokens = np.concatenate([np.zeros(0, dtype=np.int32), *(ids for ids, _ in kept)])
+    return Encoded(tokens, np.concatenate([np.zeros(0, dtype=np.int8), *(types for _, types in kept)]), offsets)

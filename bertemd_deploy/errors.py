@@ -35,6 +35,10 @@ class TrainingError(BertemdError):
     """Training cannot go on, such as after a loss that is not finite."""
 
 
+class UnfinishedError(BertemdError):
+    """A run stopped where it was told to, before its end; the same command continues it."""
+
+
 class ArtifactError(BertemdError):
     """An artifact, run folder or record is missing, damaged, of another version, or in the way."""
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,18 @@ from torch import nn
 
 from bertemd_deploy.artifact import EVALUATION, GRAPHS, MANIFEST, SCHEMA_VERSION, Artifact, DataSlice, write_slices
 from bertemd_deploy.bench.environment import versions
-from bertemd_deploy.bert_graph import check_shapes, export_fp32, fusable_graph, load_model, portable_graph, torch_logits
+from bertemd_deploy.bert_graph import (
+    check_shapes,
+    export_fp32,
+    fusable_graph,
+    head_kind,
+    load_model,
+    portable_graph,
+    torch_logits,
+)
 from bertemd_deploy.config import ExportSettings, QuantizeSettings
 from bertemd_deploy.console import note, progress
-from bertemd_deploy.encoding import TextEncoder, length_batches
+from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import ExportError
 from bertemd_deploy.files import claim_folder, new_folder, sha256_file, write_json, write_text
 from bertemd_deploy.fuse import fuse
@@ -45,6 +54,8 @@ from bertemd_deploy.handout import model_card, write_tokenizer
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.onnx_edit import histogram, save, set_metadata
 from bertemd_deploy.quantize import ACTIVATION_TYPE, REDUCE_RANGE, WEIGHT_TYPE, operators
+from bertemd_deploy.runtime import collect_logits
+from bertemd_deploy.tasks import Kind
 
 __all__ = ["export", "export_fp32"]
 
@@ -60,6 +71,7 @@ class _Build:
     folder: Path
     out: Path
     metadata: dict[str, Any]
+    labels: Sequence[str]
     opset: int
     shapes: list[list[int]] = field(default_factory=list)
     graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
@@ -92,10 +104,10 @@ def export(
     """Write the artifact of a student and return it.
 
     Args:
-        student: Hugging Face folder of a `BertForSequenceClassification` with its tokenizer.
+        student: Hugging Face folder of a BERT with the task's head, and its tokenizer.
         out: artifact folder; one that is there is replaced, whole, once the new one is complete.
-        task: name, kind ("classification" or "regression") and metrics, the gating one first.
-        labels: class names by number; empty for regression.
+        task: name, kind (of `tasks.Kind`) and metrics, the gating one first; what else it says goes into the manifest.
+        labels: label names by number; empty for regression and question answering.
         max_length: longest input in tokens.
         evaluation: dev examples with gold labels, which every gate judges on.
         calibration: train examples.
@@ -114,38 +126,39 @@ def export(
     """
     discard_rejected(out)
     claim_folder(out, marker=MANIFEST, force=force)
-    model = load_model(student)
+    kind: Kind = task["kind"]
+    model = load_model(student, kind=kind)
     config: Any = model.config
-    _check_request(config, student=student, labels=labels, max_length=max_length, slices=(evaluation, calibration))
+    slices = (evaluation, calibration)
+    _check_request(config, student=student, kind=kind, labels=labels, max_length=max_length, slices=slices)
     pad_id = TextEncoder.load(student, max_length=max_length).pad_id
     foreign = any(out.iterdir()) and not (out / MANIFEST).exists()
     with new_folder(out / ".bertemd-new" if foreign else out) as folder:
         (folder / "onnx").mkdir()
-        id2label = dict(enumerate(labels)) or {0: "LABEL_0"}
-        metadata = {"id2label": id2label, "task": task["name"], "max_length": max_length}
-        build = _Build(folder, out, metadata, settings.opset)
+        names = {} if kind == "question-answering" else {"id2label": dict(enumerate(labels)) or {0: "LABEL_0"}}
+        metadata = names | {"task": task["name"], "kind": kind, "max_length": max_length}
+        build = _Build(folder, out, metadata, labels, settings.opset)
         write_tokenizer(student, folder, max_length=max_length)
-        write_json(folder / "config.json", _model_config(student, id2label))
+        write_json(folder / "config.json", _model_config(student, kind=kind, **names))
         write_slices(folder / EVALUATION, {"evaluation": evaluation, "calibration": calibration})
         _write_fp32(build, model, settings=settings)
         reference = parity_reference(
             evaluation.examples,
             pad_id=pad_id,
-            classification=task["kind"] == "classification",
+            kind=kind,
             logits=lambda batch: torch_logits(model, batch),
         )
         _judge_fp32(build, reference)
         logits = _student_logits(model, evaluation, pad_id=pad_id)
-        names = list(task["metrics"])
-        build.metrics["student"] = evaluate_metrics(names, logits=logits, labels=evaluation.labels)
+        metrics = list(task["metrics"])
+        build.metrics["student"] = evaluate_metrics(metrics, logits=logits, part=evaluation, label_names=labels)
         for graph in ("fp32", "fused"):
-            _score(build, graph, names, part=evaluation, pad_id=pad_id)
+            _score(build, graph, metrics, part=evaluation, pad_id=pad_id)
         if quantization.mode == "dynamic":
-            slices = (evaluation, calibration)
-            _write_int8(build, reference, metrics=names, slices=slices, pad_id=pad_id, limits=quantization)
+            _write_int8(build, reference, metrics=metrics, slices=slices, pad_id=pad_id, limits=quantization)
         manifest = {
             "schema_version": SCHEMA_VERSION,
-            "task": dict(task),
+            "task": dict(task) | ({} if evaluation.gold is None else {"no_answer": evaluation.gold.unanswerable}),
             "labels": list(labels),
             "max_length": max_length,
             "student": {
@@ -175,15 +188,25 @@ def export(
 
 
 def _check_request(
-    config: Any, *, student: Path, labels: Sequence[str], max_length: int, slices: Sequence[DataSlice]
+    config: Any,
+    *,
+    student: Path,
+    kind: Kind,
+    labels: Sequence[str],
+    max_length: int,
+    slices: Sequence[DataSlice],
 ) -> None:
-    outputs, wanted = int(config.num_labels), len(labels) or 1
+    outputs, wanted = int(config.num_labels), 2 if kind == "question-answering" else len(labels) or 1
     stored = [str(config.id2label[key]) for key in sorted(config.id2label, key=int)]
     unnamed = all(name.startswith("LABEL_") for name in stored)
     if outputs != wanted or (labels and not unnamed and stored != list(labels)):
         raise ExportError(
             f"{student / 'config.json'}: the student's outputs are {', '.join(stored)}; the data's labels are "
             f"{', '.join(labels) or 'one number (regression)'}. Export with the data it was trained on."
+        )
+    if other := sorted({part.kind for part in slices} - {kind}):
+        raise ExportError(
+            f"{student}: the task is {kind}, the slices are for {', '.join(other)}. Export with its data."
         )
     longest = int(config.max_position_embeddings)
     if not 1 <= max_length <= longest:
@@ -212,6 +235,7 @@ def _write_fp32(build: _Build, model: nn.Module, *, settings: ExportSettings) ->
             heads=config.num_attention_heads,
             hidden=config.hidden_size,
             opset=settings.opset,
+            first_row=head_kind(model) == "sequence",
         )
         bar.advance(detail="fused")
     for graph in ("fp32", "fused"):
@@ -228,7 +252,7 @@ def _judge_fp32(build: _Build, reference: Reference) -> None:
 
 
 def _score(build: _Build, graph: str, metrics: Sequence[str], *, part: DataSlice, pad_id: int) -> None:
-    found = score(build.path(graph), metrics, part=part, pad_id=pad_id)
+    found = score(build.path(graph), metrics, part=part, pad_id=pad_id, label_names=build.labels)
     if found is None:
         raise ExportError(
             f"{GRAPHS[graph]}: an output on the evaluation slice is not finite, though all of the torch student's are. "
@@ -238,12 +262,8 @@ def _score(build: _Build, graph: str, metrics: Sequence[str], *, part: DataSlice
 
 
 def _student_logits(model: nn.Module, part: DataSlice, *, pad_id: int) -> NDArray[np.float32]:
-    config: Any = model.config
-    logits = np.empty((len(part.examples), config.num_labels), dtype=np.float32)
-    with progress("student", len(part.examples)) as bar:
-        for rows in length_batches(part.examples.lengths, batch_size=32):
-            logits[rows] = torch_logits(model, part.examples.batch(rows, pad_id=pad_id))
-            bar.advance(len(rows))
+    with progress("student", len(part)) as bar:
+        logits = collect_logits(partial(torch_logits, model), part.examples, pad_id=pad_id, done=bar.advance)
     if not np.isfinite(logits).all():
         raise ExportError(
             "the torch student gives outputs that are not finite; train it again at a lower learning rate."
@@ -272,6 +292,7 @@ def _write_int8(
             evaluation=evaluation,
             calibration=calibration,
             pad_id=pad_id,
+            label_names=build.labels,
         )
         path = build.path(graph)
         build.chosen[graph] = search.run(path, out=build.out)
@@ -316,8 +337,12 @@ def _files(build: _Build) -> dict[str, Any]:
     return entries
 
 
-def _model_config(student: Path, id2label: Mapping[int, str]) -> dict[str, Any]:
+def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    if kind == "multilabel":
+        config["problem_type"] = "multi_label_classification"  # what makes other tools take a sigmoid per label
+    if id2label is None:
+        return config
     names = {str(number): name for number, name in id2label.items()}
     return config | {"id2label": names, "label2id": {name: number for number, name in id2label.items()}}
 

@@ -13,6 +13,7 @@ from bertemd_deploy.checkpoints import checked_encoder, label_order
 from bertemd_deploy.data import Dataset, calibration_rows
 from bertemd_deploy.errors import ModelError
 from bertemd_deploy.files import read_json
+from bertemd_deploy.splits import QuestionSplit
 
 FACTS = "bertemd_student.json"
 SLICES = "eval.npz"
@@ -38,6 +39,7 @@ def read_student(folder: Path) -> StudentFacts:
 
     Raises:
         ArtifactError: the facts or slices are missing or damaged.
+        ModelError: the facts lack something, or facts and slices are for different kinds of task.
     """
     facts = read_json(folder / FACTS, what="student's facts")
     slices = read_slices(folder / SLICES)
@@ -47,9 +49,21 @@ def read_student(folder: Path) -> StudentFacts:
     ]
     if missing:
         raise ModelError(f"{folder / FACTS}: lacks {', '.join(missing)}. Distil the student again.")
+    kind, found = facts["task"].get("kind"), {part.kind for part in slices.values()}
+    if found != {kind}:
+        raise ModelError(
+            f"{folder / SLICES}: its slices are for {', '.join(sorted(found))}, {FACTS} says {kind}. Distil the student again."
+        )
     return StudentFacts(
         **{name: facts[name] for name in names}, evaluation=slices["evaluation"], calibration=slices["calibration"]
     )
+
+
+def task_facts(data: Dataset) -> dict[str, Any]:
+    """Return what a student carries of its task: name, kind, metrics; and how long contexts are cut, where they are."""
+    found: dict[str, Any] = {"name": data.task.name, "kind": data.task.kind, "metrics": list(data.task.metrics)}
+    dev = data.splits["dev"]
+    return found | ({"doc_stride": dev.doc_stride} if isinstance(dev, QuestionSplit) else {})
 
 
 def facts_from_data(folder: Path, data: Dataset, *, max_length: int) -> StudentFacts:
@@ -59,7 +73,7 @@ def facts_from_data(folder: Path, data: Dataset, *, max_length: int) -> StudentF
         ModelError: the folder's labels, in the data's order, are not those of the data.
     """
     encoder = checked_encoder(folder, max_length=max_length)
-    order = label_order(folder, data.labels)
+    order = label_order(folder, data.labels, kind=data.task.kind)
     if order != list(range(len(order))):
         names = ", ".join(data.labels[at] for at in np.argsort(order))
         raise ModelError(
@@ -67,7 +81,7 @@ def facts_from_data(folder: Path, data: Dataset, *, max_length: int) -> StudentF
         )
     calibration = calibration_rows(data.splits["train"], rows=CALIBRATION_ROWS).encode(encoder)
     return StudentFacts(
-        task={"name": data.task.name, "kind": data.task.kind, "metrics": list(data.task.metrics)},
+        task=task_facts(data),
         labels=list(data.labels),
         max_length=max_length,
         teacher={},

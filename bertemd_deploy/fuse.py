@@ -1,10 +1,10 @@
-"""ONNX Runtime's fused operators for a BERT classifier, then the form of them that measures fastest on CPUs.
+"""ONNX Runtime's fused operators for a BERT, then the form of them that measures fastest on CPUs.
 
 In: the fusable graph of `bert_graph`. ONNX Runtime's transformers optimizer fuses it, and the counts of what it fused are
 checked against the layers: a pattern that silently did not match is an error here. `lower` then rewrites
 
     Attention               -> MatMul (query, key and value in one) + MultiHeadAttention
-    last layer              -> the [CLS] row only, from the query on
+    last layer              -> the [CLS] row only, from the query on, where the head reads no other
     SkipLayerNormalization  -> Sum + LayerNormalization
     EmbedLayerNormalization -> Gather x 3 + Sum + LayerNormalization
 
@@ -29,7 +29,7 @@ _LAYER_NORM_EPSILON = 1e-12  # what ONNX Runtime takes where its fused operators
 
 
 def fuse(
-    model: onnx.ModelProto, *, layers: int, heads: int, hidden: int, opset: int
+    model: onnx.ModelProto, *, layers: int, heads: int, hidden: int, opset: int, first_row: bool = True
 ) -> tuple[onnx.ModelProto, dict[str, int]]:
     """Return the fused fp32 graph and how many of each operator ONNX Runtime fused.
 
@@ -39,6 +39,7 @@ def fuse(
         heads: attention heads.
         hidden: hidden size.
         opset: operator set of `model`.
+        first_row: the head reads the first token only, so that the last layer need compute no other.
 
     Raises:
         ExportError: ONNX Runtime found fewer or more patterns than the model has.
@@ -46,7 +47,7 @@ def fuse(
     fused = optimize(model, heads=heads, hidden=hidden)
     counts = fused_counts(fused)
     check_counts(counts, layers=layers)
-    lower(fused)
+    lower(fused, first_row=first_row)
     tidy(fused, opset=opset)
     return fused, counts
 
@@ -121,23 +122,24 @@ def check_counts(counts: Mapping[str, int], *, layers: int) -> None:
         )
 
 
-def lower(model: onnx.ModelProto) -> None:
-    """Rewrite a fused graph in place into its fastest form on CPUs (table above)."""
+def lower(model: onnx.ModelProto, *, first_row: bool) -> None:
+    """Rewrite a fused graph in place into its fastest form on CPUs (table above); `first_row` as for `fuse`."""
     editor = Editor(model)
-    last = [node for node in model.graph.node if node.op_type == "Attention"][-1]
-    first_row = editor.fresh("first_row")
-    residual = _residual_of(editor, last)
+    shortened = [node for node in model.graph.node if node.op_type == "Attention"][-1] if first_row else None
+    residual = None if shortened is None else _residual_of(editor, shortened)
+    row = editor.fresh("first_row") if first_row else ""
 
     def replace(node: onnx.NodeProto) -> bool:
         if node.op_type == "EmbedLayerNormalization":
             _lower_embedding(editor, node)
         elif node.op_type == "Attention":
-            if node is last:
+            if node is shortened:
                 bounds = [editor.constant(np.array([value]), "bound") for value in (0, 1, 1)]
-                editor.emit("Slice", [node.input[0], *bounds], name="first_row", outputs=[first_row])
-            _lower_attention(editor, node, rows=first_row if node is last else "")
+                editor.emit("Slice", [node.input[0], *bounds], name="first_row", outputs=[row])
+            _lower_attention(editor, node, rows=row if node is shortened else "")
         elif node.op_type == "SkipLayerNormalization":
-            _lower_skip(editor, node, rename={last.input[0]: first_row} if node is residual else {})
+            rename = {shortened.input[0]: row} if shortened is not None and node is residual else {}
+            _lower_skip(editor, node, rename=rename)
         else:
             return False
         return True

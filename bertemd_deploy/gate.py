@@ -1,8 +1,9 @@
 """The two gates every graph passes before it is handed out: parity with torch, and the int8 graphs' accuracy.
 
 Parity: on real examples, in batches that mix lengths (so padding is present) and in single rows, an fp32 graph's logits
-differ from the torch student's by at most `PARITY_TOLERANCE`, with the same decision on every example. Accuracy: on the
-whole evaluation slice an int8 graph loses at most so many points of the task's first metric. An int8 graph that loses
+differ from the torch student's by at most `PARITY_TOLERANCE`, with the same decisions on every example; where each token
+has its own logits, on every token but padding. Accuracy: on the whole evaluation slice an int8 graph loses at most so
+many points of the task's first metric. An int8 graph that loses
 more is retried with one scale per column, then with its most sensitive operators left in fp32; every trial is recorded.
 A miss is a `GateError` (exit 4), with the graph that missed kept under `*.rejected.onnx`. Torch-free.
 """
@@ -22,13 +23,15 @@ from numpy.typing import NDArray
 
 from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.console import note, progress
+from bertemd_deploy.decisions import same_decisions
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import GateError
 from bertemd_deploy.files import new_file
-from bertemd_deploy.metrics import decisions, evaluate_metrics
+from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.onnx_edit import save
 from bertemd_deploy.quantize import operators, quantize
 from bertemd_deploy.runtime import open_session, predict_logits, run_session
+from bertemd_deploy.tasks import Kind
 
 PARITY_TOLERANCE = 1e-3  # largest allowed absolute difference of a logit from torch's
 PARITY_EXAMPLES = 128
@@ -44,11 +47,11 @@ Inputs = dict[str, NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Reference:
-    """The torch student's logits on the batches that parity is judged on, a row per input in batch order."""
+    """The torch student's padded logits on the batches that parity is judged on, in batch order."""
 
     batches: list[Inputs]
     logits: list[Logits]
-    classification: bool
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Parity:
 
     Attributes:
         max_abs_logit_difference: largest difference; None where a logit is not finite.
-        decision_agreement: share of inputs with the same decision; None for regression.
+        decision_agreement: share of inputs with the same decision, for token classification of tokens; None for
+            regression.
         inputs: inputs compared, single rows included.
         beyond_tolerance: inputs over the tolerance or with another decision; what an fp32 graph may not have.
         single_rows: inputs that ran alone.
@@ -76,15 +80,13 @@ class Parity:
         return asdict(self)
 
 
-def parity_reference(
-    examples: Encoded, *, pad_id: int, classification: bool, logits: Callable[[Inputs], Logits]
-) -> Reference:
+def parity_reference(examples: Encoded, *, pad_id: int, kind: Kind, logits: Callable[[Inputs], Logits]) -> Reference:
     """Return batches of mixed lengths and single rows, with what `logits` (the torch student) says to each.
 
     Args:
         examples: evaluation examples; up to `PARITY_EXAMPLES` are used, evenly spaced by length.
         pad_id: token id of padding.
-        classification: decisions are compared too.
+        kind: of the task; says which decisions are compared too.
         logits: the torch student on one padded batch.
     """
     order = np.argsort(examples.lengths, kind="stable")
@@ -95,27 +97,42 @@ def parity_reference(
         rows[[at]] for at in np.unique(np.linspace(0, len(rows) - 1, min(SINGLE_ROWS, len(rows))).astype(np.int64))
     ]
     batches = [examples.batch(group, pad_id=pad_id) for group in groups]
-    return Reference(batches, [logits(batch) for batch in batches], classification)
+    return Reference(batches, [logits(batch) for batch in batches], kind)
 
 
 def measure_parity(path: Path, reference: Reference) -> Parity:
     """Run the graph at `path` on the reference batches and compare."""
     session = open_session(path)
-    found = np.concatenate([run_session(session, batch) for batch in reference.batches])
-    expected = np.concatenate(reference.logits)
+    found = np.concatenate([_unpadded(run_session(session, batch), batch) for batch in reference.batches])
+    pairs = zip(reference.logits, reference.batches, strict=True)
+    expected = np.concatenate([_unpadded(logits, batch) for logits, batch in pairs])
+    lengths = np.concatenate([batch["attention_mask"].sum(axis=-1) for batch in reference.batches])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
     differences = np.abs(found - expected).max(axis=-1)
     differences[~np.isfinite(differences)] = np.inf
-    same = decisions(found) == decisions(expected) if reference.classification else np.ones(len(found), dtype=bool)
+    same = np.ones(len(found), dtype=bool)
+    if reference.kind != "regression":
+        same = same_decisions(reference.kind, expected=expected, found=found, offsets=starts)
+    agreement = None if reference.kind == "regression" else float(same.mean())
+    if len(found) != len(lengths):  # a logit per token
+        differences = np.maximum.reduceat(differences, starts[:-1])
+    if len(same) != len(lengths):
+        same = np.logical_and.reduceat(same, starts[:-1])
     largest = float(differences.max())
     shapes = sorted({batch["input_ids"].shape for batch in reference.batches})
     return Parity(
         max_abs_logit_difference=largest if np.isfinite(largest) else None,
-        decision_agreement=float(same.mean()) if reference.classification else None,
-        inputs=len(found),
+        decision_agreement=agreement,
+        inputs=len(lengths),
         beyond_tolerance=int(((differences > PARITY_TOLERANCE) | ~same).sum()),
         single_rows=sum(len(batch["input_ids"]) == 1 for batch in reference.batches),
         shapes=[list(shape) for shape in shapes],
     )
+
+
+def _unpadded(logits: Logits, batch: Inputs) -> Logits:
+    """Return (B, outputs) logits as they are, and those of tokens (B, T, outputs) without padding, as one list of tokens."""
+    return logits if logits.ndim == 2 else logits[batch["attention_mask"].astype(bool)]
 
 
 def check_parity(parity: Parity, path: Path, *, out: Path) -> None:
@@ -184,6 +201,7 @@ class Int8Search:
         evaluation: examples judged on.
         calibration: examples that the operators' sensitivity is measured on.
         pad_id: token id of padding.
+        label_names: label names by number, for metrics that count by name.
         trials: what was tried so far.
     """
 
@@ -195,6 +213,7 @@ class Int8Search:
     evaluation: DataSlice
     calibration: DataSlice
     pad_id: int
+    label_names: Sequence[str] = ()
     trials: list[Trial] = field(default_factory=list)
 
     def run(self, path: Path, *, out: Path) -> Trial:
@@ -220,7 +239,7 @@ class Int8Search:
         tried = "; ".join(self._sentence(trial) for trial in self.trials)
         raise GateError(
             f"{name} loses too much {self.metrics[0]} against the fp32 student ({self.reference:.4f}; allowed "
-            f"{self.max_drop:g} points, {len(self.evaluation.labels)} examples). Tried {tried}. Kept as {kept.name}. "
+            f"{self.max_drop:g} points, {len(self.evaluation)} examples). Tried {tried}. Kept as {kept.name}. "
             "Raise quantize.max_drop, or set quantize.mode to none."
         )
 
@@ -229,7 +248,7 @@ class Int8Search:
 
     def _attempt(self, path: Path, *, per_channel: bool, excluded: list[str]) -> bool:
         self._write(path, per_channel=per_channel, excluded=excluded)
-        found = score(path, self.metrics[:1], part=self.evaluation, pad_id=self.pad_id)
+        found = score(path, self.metrics[:1], part=self.evaluation, pad_id=self.pad_id, label_names=self.label_names)
         metric = found[self.metrics[0]] if found else None
         drop = None if metric is None else round((self.reference - metric) * 100, 6)
         passed = drop is not None and drop <= self.max_drop
@@ -263,10 +282,11 @@ class Int8Search:
         return sorted(names, key=errors.__getitem__)
 
 
-def score(path: Path, metrics: Sequence[str], *, part: DataSlice, pad_id: int) -> dict[str, float] | None:
+def score(
+    path: Path, metrics: Sequence[str], *, part: DataSlice, pad_id: int, label_names: Sequence[str] = ()
+) -> dict[str, float] | None:
     """Return the metrics of the graph at `path` on a slice, or None where an output is not finite."""
     logits = predict_logits(open_session(path), part.examples, pad_id=pad_id)
-    try:
-        return evaluate_metrics(metrics, logits=logits, labels=part.labels)
-    except ValueError:
+    if not np.isfinite(logits).all():
         return None
+    return evaluate_metrics(metrics, logits=logits, part=part, label_names=label_names)

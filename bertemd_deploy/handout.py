@@ -1,11 +1,14 @@
 """The artifact's files beside the graphs: the tokenizer as other tools look for it, and the model card.
 
-In: the student folder and the manifest. Out: tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt,
-whichever of them the student folder has, and README.md with the measured table.
+In: the student folder and the manifest. Out: tokenizer.json, tokenizer_config.json and special_tokens_map.json, with vocab.txt
+for WordPiece, vocab.json and merges.txt for byte-level BPE, nothing more for Unigram; and README.md with the measured
+table. The tokenizer is the teacher's, the model beside it a BERT: the config names a class that reads tokenizer.json as it
+stands wherever BERT's own class would build another tokenizer.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +19,23 @@ from bertemd_deploy.errors import ExportError
 from bertemd_deploy.files import read_json, write_json, write_text
 
 SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
+    "unk_token": ("[UNK]", "<unk>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "pad_token": ("[PAD]", "<pad>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "mask_token": ("[MASK]", "<mask>"),
 }
+_ENDS = ("bos_token", "eos_token")  # kept where they are named, never guessed
+_MODELS = ("WordPiece", "BPE", "Unigram")
+_ANY_TOKENIZER = "PreTrainedTokenizerFast"  # transformers and transformers.js read tokenizer.json as it stands
+# Where the tokenizer once lay, or code to run with it: not this folder's.
+_LEFT_OUT = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file")
 
 
 def write_tokenizer(student: Path, folder: Path, *, max_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt into `folder`.
+    """Write the tokenizer's files into `folder`.
+
+    Padding and truncation that another program left switched on in tokenizer.json are taken out; both are the caller's.
 
     Args:
         student: folder with tokenizer.json; of the others, transformers writes only some, depending on its version.
@@ -34,40 +44,96 @@ def write_tokenizer(student: Path, folder: Path, *, max_length: int) -> None:
 
     Raises:
         ArtifactError: a tokenizer file is not JSON.
-        ExportError: the tokenizer is not a WordPiece one, or its ids have holes.
+        ExportError: the tokenizer is of a kind no BERT-like model has, or a WordPiece one's ids have holes.
     """
     source = student / "tokenizer.json"
     tokenizer = read_json(source, what="tokenizer")
-    tokens = _vocabulary(tokenizer, source)
-    stored = student / "tokenizer_config.json"
-    config = read_json(stored, what="tokenizer's config") if stored.is_file() else {"tokenizer_class": "BertTokenizer"}
-    special = {role: token for role in SPECIAL_TOKENS if (token := _special(config, role, tokens)) is not None}
-    shutil.copyfile(source, folder / "tokenizer.json")
-    write_json(folder / "tokenizer_config.json", config | special | {"model_max_length": max_length})
+    ids = _vocabulary(tokenizer, source)
+    kind = tokenizer["model"]["type"]
+    stored: dict[str, Any] = {}
+    for name, what in (("special_tokens_map.json", "special tokens"), ("tokenizer_config.json", "tokenizer's config")):
+        if (student / name).is_file():
+            stored |= read_json(student / name, what=what)
+    pointed = '"<s>"' in json.dumps(tokenizer.get("post_processor"))
+    roles = {role: _special(stored, role, ids, pointed=pointed) for role in (*SPECIAL_TOKENS, *_ENDS)}
+    roles["unk_token"] = roles["unk_token"] if "unk_token" in stored else _unknown(tokenizer["model"])
+    special = {role: token for role, token in roles.items() if token is not None}
+    config = {name: value for name, value in stored.items() if name not in _LEFT_OUT} | special
+    named = str(stored.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast")
+    if named != "BertTokenizer" or kind != "WordPiece" or special.get("cls_token") != "[CLS]":
+        config |= {
+            "tokenizer_class": _ANY_TOKENIZER,
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        }
+    else:
+        config |= {"tokenizer_class": stored.get("tokenizer_class") or "BertTokenizer"}
+    if tokenizer.get("padding") or tokenizer.get("truncation"):
+        plain = tokenizer | {"padding": None, "truncation": None}
+        write_text(folder / "tokenizer.json", json.dumps(plain, ensure_ascii=False))
+    else:
+        shutil.copyfile(source, folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", config | {"model_max_length": max_length})
     write_json(folder / "special_tokens_map.json", special)
-    write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in tokens))
+    if kind == "WordPiece":
+        write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in _in_order(ids, source)))
+    elif kind == "BPE" and _is_byte_level(tokenizer):
+        model = tokenizer["model"]
+        pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+        write_text(folder / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+        write_text(folder / "merges.txt", "\n".join(("#version: 0.2", *pairs)) + "\n")
 
 
-def _vocabulary(tokenizer: dict[str, Any], path: Path) -> list[str]:
+def _vocabulary(tokenizer: dict[str, Any], path: Path) -> dict[str, int]:
+    """Return every token with its id."""
     model = tokenizer.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-        found = model.get("type") if isinstance(model, dict) else None
-        raise ExportError(f"{path}: a {found or 'damaged'} tokenizer; vocab.txt needs a WordPiece one, as BERT has.")
-    ids: dict[int, str] = {number: token for token, number in model["vocab"].items()}
-    ids |= {entry["id"]: entry["content"] for entry in tokenizer.get("added_tokens", [])}
-    missing = sorted(set(range(len(ids))) - set(ids))
+    kind = model.get("type") if isinstance(model, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if kind not in _MODELS or not isinstance(vocabulary, list if kind == "Unigram" else dict):
+        raise ExportError(
+            f"{path}: a {kind or 'damaged'} tokenizer; known: {', '.join(_MODELS)}. Save it again, or use another teacher."
+        )
+    if isinstance(vocabulary, list):
+        vocabulary = {piece: at for at, (piece, _) in enumerate(vocabulary)}
+    return vocabulary | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
+
+
+def _in_order(ids: dict[str, int], path: Path) -> list[str]:
+    tokens = {number: token for token, number in ids.items()}
+    missing = sorted(set(range(len(tokens))) - set(tokens))
     if missing:
-        raise ExportError(f"{path}: the vocabulary has no token of id {missing[0]} ({len(ids)} tokens). Save it again.")
-    return [ids[number] for number in range(len(ids))]
+        raise ExportError(
+            f"{path}: the vocabulary has no token of id {missing[0]} ({len(tokens)} tokens). Save it again."
+        )
+    return [tokens[number] for number in range(len(tokens))]
 
 
-def _special(config: dict[str, Any], role: str, tokens: list[str]) -> str | None:
+def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
+    return '"ByteLevel"' in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")])
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    if model["type"] == "Unigram":
+        at = model.get("unk_id")
+        return None if at is None else str(model["vocab"][at][0])
+    found = model.get("unk_token")
+    return None if found is None else str(found)
+
+
+def _special(config: dict[str, Any], role: str, ids: dict[str, int], *, pointed: bool) -> str | None:
+    """Return the token of a role: as the config names it, else BERT's or (`pointed`) RoBERTa's where it exists."""
     found = config.get(role)
     if isinstance(found, dict):
         found = found.get("content")
     if isinstance(found, str):
         return found
-    return SPECIAL_TOKENS[role] if SPECIAL_TOKENS[role] in tokens else None
+    usual = SPECIAL_TOKENS.get(role, ())
+    return next((token for token in (reversed(usual) if pointed else usual) if token in ids), None)
+
+
+_EXAMPLES = {  # of kinds with a pipeline tag of their own
+    "token-classification": '"a text with names"',
+    "question-answering": "--pair $'a question\\tthe text that answers it'",
+}
 
 
 def model_card(manifest: Mapping[str, Any], *, graphs: Mapping[str, Path]) -> str:
@@ -79,7 +145,9 @@ def model_card(manifest: Mapping[str, Any], *, graphs: Mapping[str, Path]) -> st
     """
     task, student = manifest["task"], manifest["student"]
     metrics = list(task["metrics"])
-    labels = ", ".join(f"`{label}`" for label in manifest["labels"]) or "one number (regression)"
+    kind = str(task["kind"])
+    unnamed = "where the answer starts and ends" if kind == "question-answering" else "one number (regression)"
+    labels = ", ".join(f"`{label}`" for label in manifest["labels"]) or unnamed
     teacher = manifest["teacher"]
     origin = f", distilled from {teacher['name']} ({teacher['layers']} layers)" if teacher else ""
     rows = [
@@ -103,7 +171,7 @@ def model_card(manifest: Mapping[str, Any], *, graphs: Mapping[str, Path]) -> st
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"""---
 library_name: onnx
-pipeline_tag: text-classification
+pipeline_tag: {kind if kind in _EXAMPLES else "text-classification"}
 tags: [bert, distillation, int8, onnxruntime]
 ---
 # {task["name"]}: a {student["layers"]}-layer BERT for CPUs
@@ -117,7 +185,7 @@ Metrics are those of the evaluation slice that the artifact carries (`eval.npz`)
 `model.onnx` and `model_quantized.onnx` use standard ONNX operators only; the `fused` graphs need ONNX Runtime.
 
 ```
-bertemd predict . "a text to classify"
+bertemd predict . {_EXAMPLES.get(kind, '"a text to classify"')}
 ```
 """
 

@@ -7,24 +7,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bertemd_deploy.artifact import NOT_SCORED
+from bertemd_deploy.tasks import Kind
 
 Reduction = Literal["batch", "element"]
 
 
-def embedding_loss(teacher: Tensor, student: Tensor, *, mask: Tensor) -> Tensor:
-    """Return L_emb = mean((W e_student - e_teacher)^2) over real tokens and teacher width, in float32.
-
-    Args:
-        teacher: (B, T, H) embedding output.
-        student: (B, T, H) embedding output, already projected by W where widths differ.
-        mask: (B, T) bool, True at real tokens.
-    """
-    return F.mse_loss(student[mask].float(), teacher[mask].float())
-
-
-def prediction_loss(
+def prediction_losses(
+    kind: Kind,
     teacher_logits: Tensor,
     student_logits: Tensor,
     labels: Tensor,
@@ -32,49 +26,107 @@ def prediction_loss(
     alpha: float,
     temperature: float,
     reduction: Reduction,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Return L_pred = alpha * soft cross-entropy at tau (times tau^2) + (1 - alpha) * hard-label cross-entropy.
+    """Return the prediction loss of each unit, alpha * soft * tau^2 + (1 - alpha) * hard; L_pred is their mean.
+
+    Units are the rows of the batch, or for tokens those with a label, in order. The soft part, from the teacher's
+    distribution at temperature tau to the student's:
+
+        classification, token-classification  -sum_c softmax(t / tau)_c log softmax(s / tau)_c
+        question-answering                    the same over the row's real positions, mean of start and end
+        multilabel                            sum over labels of the binary cross-entropy to sigmoid(t / tau)
+        regression                            (s - t)^2, without a temperature
+
+    The hard part is the same to the label: cross-entropy, binary cross-entropy, or squared error.
 
     Args:
-        teacher_logits: (B, classes).
-        student_logits: (B, classes).
-        labels: (B,) int64 class numbers.
+        kind: of the task.
+        teacher_logits: (B, outputs), (B, T, labels) or (B, T, 2).
+        student_logits: as the teacher's.
+        labels: of the batch, as `DataSlice.batch` gives them.
         alpha: share of the soft part, in [0, 1].
         temperature: tau_kd, above 0.
-        reduction: "batch" sums the soft part over classes and takes the mean over the batch; "element" takes the mean
-            over batch and classes, as the released code does.
+        reduction: "batch" sums over classes; "element" divides the soft part by their number (of question answering:
+            the row's real positions; of several labels: both parts), as the released code does.
+        mask: (B, T) bool, True at real tokens; needed for question answering.
+
+    Returns:
+        (units,) float32.
     """
-    soft = teacher_logits.float().div(temperature).softmax(-1)
-    terms = -soft * student_logits.float().div(temperature).log_softmax(-1)
-    soft_loss = (terms.mean() if reduction == "element" else terms.sum(-1).mean()) * temperature**2
-    if alpha == 1:
-        return soft_loss
-    return alpha * soft_loss + (1 - alpha) * F.cross_entropy(student_logits.float(), labels)
+    teacher, student = teacher_logits.float(), student_logits.float()
+    if kind == "regression":
+        soft, hard = (student - teacher)[:, 0].square(), (student[:, 0] - labels.float()).square()
+        return alpha * soft + (1 - alpha) * hard
+    if kind == "multilabel":
+        target = alpha * temperature**2 * _binary(student / temperature, (teacher / temperature).sigmoid())
+        terms = target + (1 - alpha) * _binary(student, labels.float())
+        return terms.mean(-1) if reduction == "element" else terms.sum(-1)
+    if kind == "question-answering":
+        teacher, student = (_over_positions(logits, mask) for logits in (teacher, student))
+        labels = labels.reshape(-1)
+    elif kind == "token-classification":
+        scored = labels != NOT_SCORED
+        teacher, student, labels = teacher[scored], student[scored], labels[scored]
+    probabilities = (teacher / temperature).softmax(-1)
+    terms = -probabilities * (student / temperature).log_softmax(-1).masked_fill(teacher.isneginf(), 0.0)
+    units = terms.sum(-1)
+    if reduction == "element":
+        units = units / (~teacher.isneginf()).sum(-1)
+    units = alpha * temperature**2 * units
+    if alpha < 1:
+        units = units + (1 - alpha) * F.cross_entropy(student, labels, reduction="none")
+    return units.view(-1, 2).mean(-1) if kind == "question-answering" else units
 
 
-def regression_loss(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, *, alpha: float) -> Tensor:
-    """Return alpha * MSE to the teacher's output + (1 - alpha) * MSE to the label.
+def supervised_losses(kind: Kind, logits: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return the loss of each unit against its label, as in fine-tuning; units as in `prediction_losses`.
+
+    Cross-entropy; squared error for regression; the mean binary cross-entropy over the labels for multilabel; the mean of
+    start and end cross-entropies for question answering.
 
     Args:
-        teacher_logits: (B, 1).
-        student_logits: (B, 1).
-        labels: (B,) float32.
-        alpha: share of the teacher, in [0, 1].
+        kind: of the task.
+        logits: (B, outputs), (B, T, labels) or (B, T, 2).
+        labels: of the batch, as `DataSlice.batch` gives them.
+        mask: (B, T) bool, True at real tokens; needed for question answering.
+
+    Returns:
+        (units,) float32.
     """
-    loss = F.mse_loss(student_logits.float(), teacher_logits.float())
-    if alpha == 1:
-        return loss
-    return alpha * loss + (1 - alpha) * F.mse_loss(student_logits[:, 0].float(), labels.float())
+    logits = logits.float()
+    if kind == "regression":
+        return (logits[:, 0] - labels.float()).square()
+    if kind == "multilabel":
+        return _binary(logits, labels.float()).mean(-1)
+    if kind == "question-answering":
+        losses = F.cross_entropy(_over_positions(logits, mask), labels.reshape(-1), reduction="none")
+        return losses.view(-1, 2).mean(-1)
+    if kind == "token-classification":
+        scored = labels != NOT_SCORED
+        logits, labels = logits[scored], labels[scored]
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def total_loss(
     *,
-    attention: Tensor | float,
-    hidden: Tensor | float,
-    embedding: Tensor | float,
     prediction: Tensor,
+    attention: Tensor | float = 0.0,
+    hidden: Tensor | float = 0.0,
+    embedding: Tensor | float = 0.0,
     beta: float,
     theta: float,
 ) -> Tensor:
-    """Return beta * (theta * (EMD_H + EMD_A) + L_emb) + L_pred."""
+    """Return beta * (theta * (EMD_H + EMD_A) + L_emb) + L_pred; parts that are not given are 0."""
     return beta * (theta * (hidden + attention) + embedding) + prediction
+
+
+def _binary(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def _over_positions(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Return start and end logits (B, T, 2) as two rows (2 B, T) per row, minus infinity at padding."""
+    if mask is None:
+        raise TypeError("question answering needs the mask of real tokens")
+    return logits.masked_fill(~mask[..., None], -torch.inf).transpose(1, 2).flatten(0, 1)

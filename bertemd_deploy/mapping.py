@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from bertemd_deploy.config import Mapping
-from bertemd_deploy.emd import CostAttention, cost_attention, emd_loss, solve_flow, uniform_weights
-from bertemd_deploy.errors import RecipeError
+from bertemd_deploy.emd import CostAttention, cost_attention, solve_flow, uniform_weights
+from bertemd_deploy.errors import EmdError, RecipeError
 
 SIDES = ("attention", "hidden")
 
@@ -60,30 +60,42 @@ class LayerMapping:
         start = (uniform_weights(self.teacher_layers), uniform_weights(self.student_layers))
         self.marginals = dict.fromkeys(SIDES, start)
 
-    def losses(self, attention: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (attention, hidden) losses <F, C> of one step and move the marginals on.
+    @property
+    def solves(self) -> bool:
+        """Whether the flows depend on the costs of the whole batch."""
+        return self.kind in ("emd", "emd-fixed")
+
+    @property
+    def rows(self) -> list[int]:
+        """The teacher layers that are compared at all: every one, or those a one-to-one mapping names."""
+        if self.solves:
+            return list(range(self.teacher_layers))
+        used = fixed_flow(self.kind, self.teacher_layers, self.student_layers).any(1)
+        return [int(row) for row in torch.nonzero(used).flatten()]
+
+    def step(self, costs: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the flows of one step by side, (M, N) float64 of mass 1, and move the marginals on.
 
         Args:
-            attention: (M, N) attention costs with gradient.
-            hidden: (M, N) hidden-state costs with gradient.
+            costs: (2, M, N) attention and hidden costs of the whole batch, for mappings that solve; detached.
 
         Raises:
             EmdError: a cost is not finite or the flow cannot be solved.
         """
-        # One copy to the host for both matrices.
-        on_host = torch.stack([attention.detach(), hidden.detach()]).to("cpu", torch.float64)
-        costs = dict(zip(SIDES, on_host, strict=True))
-        used = self.marginals
-        if self.kind in ("emd", "emd-fixed"):
-            self.flows = {
-                side: solve_flow(costs[side], teacher_weights=used[side][0], student_weights=used[side][1])
-                for side in SIDES
-            }
-        else:
+        if not self.solves:
             self.flows = dict.fromkeys(SIDES, fixed_flow(self.kind, self.teacher_layers, self.student_layers))
+            return self.flows
+        if costs is None:
+            raise EmdError(f"distill.mapping {self.kind}: a flow cannot be solved without costs.")
+        on_host = dict(zip(SIDES, costs.detach().to("cpu", torch.float64), strict=True))  # one copy for both matrices
+        used = self.marginals
+        self.flows = {
+            side: solve_flow(on_host[side], teacher_weights=used[side][0], student_weights=used[side][1])
+            for side in SIDES
+        }
         if self.kind == "emd":
-            self.marginals = self._next_marginals(costs)
-        return emd_loss(attention, self.flows["attention"]), emd_loss(hidden, self.flows["hidden"])
+            self.marginals = self._next_marginals(on_host)
+        return self.flows
 
     def _next_marginals(self, costs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         fresh = {

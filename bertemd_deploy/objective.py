@@ -1,16 +1,34 @@
-"""The distillation objective: what one training step computes, and the trained side it computes it on."""
+"""The distillation objective: what one training step computes, and the trained side it computes it on.
+
+A batch may come in parts, on one process or several. Each part's costs are weighted by its share of the batch's real
+positions, so that they add up to the costs of the whole batch; a flow is solved on that sum, once, and is the same everywhere.
+With one part a single pass does. With more, a mapping that solves runs every part twice: once without gradients for the costs,
+and, the flow known, once more with them, under the same dropout.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bertemd_deploy.capture import LayerReader
+from bertemd_deploy.batching import Batch, Part
+from bertemd_deploy.capture import LayerOutputs, LayerReader
 from bertemd_deploy.config import DistillSettings
-from bertemd_deploy.emd import attention_cost, hidden_cost
-from bertemd_deploy.losses import embedding_loss, prediction_loss, regression_loss, total_loss
-from bertemd_deploy.mapping import LayerMapping
-from bertemd_deploy.training import Step
+from bertemd_deploy.devices import matrix_precision
+from bertemd_deploy.emd import attention_cost, emd_loss, hidden_cost
+from bertemd_deploy.families import known_inputs
+from bertemd_deploy.losses import prediction_losses, total_loss
+from bertemd_deploy.mapping import SIDES, LayerMapping
+from bertemd_deploy.models import output_logits
+from bertemd_deploy.processes import Processes
+from bertemd_deploy.tasks import Kind
+from bertemd_deploy.training import Outcome
+
+TeacherCache = Callable[[NDArray[np.int64], dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Distiller(nn.Module):
@@ -31,16 +49,12 @@ class Distiller(nn.Module):
                 nn.init.eye_(self.projection.weight)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Return W h, or h where there is no W; in float32 also under autocast, since costs are made of it."""
-        if self.projection is None:
-            return hidden
-        with torch.autocast(hidden.device.type, enabled=False):
-            projected: Tensor = self.projection(hidden.float())
-        return projected
+        """Return W h, or h where there is no W."""
+        return hidden if self.projection is None else self.projection(hidden)
 
 
 class Objective:
-    """One training step: both forward passes, the costs, the flows, the total loss."""
+    """One training step: both forward passes, the costs, the flows, the total loss and its gradients."""
 
     def __init__(
         self,
@@ -49,54 +63,145 @@ class Objective:
         mapping: LayerMapping,
         settings: DistillSettings,
         *,
-        regression: bool,
+        kind: Kind,
+        bfloat16: bool = False,
+        processes: Processes | None = None,
     ) -> None:
-        """Hook both models, unless the mapping compares no layers."""
-        self.trained, self.mapping, self.settings, self.regression = trained, mapping, settings, regression
+        """Hook both models, unless the mapping compares no layers.
+
+        Args:
+            teacher: frozen, in eval mode, on the training device.
+            trained: the student with its projection, on the training device.
+            mapping: the flows' source; its state moves with every batch.
+            settings: weights of the loss.
+            kind: of the task.
+            bfloat16: matrix products in bfloat16; costs and losses stay float32.
+            processes: that share every batch.
+        """
+        self.trained, self.mapping, self.settings, self.kind = trained, mapping, settings, kind
+        self.bfloat16, self.processes = bfloat16, processes or Processes()
         self.layers = settings.mapping != "none"
         self.teacher = teacher
+        self.rows = mapping.rows if self.layers else []
         self.read_teacher = LayerReader(teacher) if self.layers else None
         self.read_student = LayerReader(trained.student) if self.layers else None
+        self.device = next(trained.parameters()).device
+        self.number = 0  # of the batch at hand
+        self.cache: TeacherCache | None = None  # used instead of running the teacher, where it is set
 
-    def __call__(self, inputs: dict[str, Tensor], labels: Tensor) -> Step:
-        """Run both models on one batch and return the total loss."""
-        parts: dict[str, Tensor] = {}
-        if self.read_teacher is None or self.read_student is None:
-            with torch.no_grad():
-                teacher_logits = self.teacher(**inputs).logits
-            student_logits = self.trained.student(**inputs).logits
-        else:
-            mask = inputs["attention_mask"].bool()
-            with torch.no_grad():
-                teacher = self.read_teacher(inputs)
-            student = self.read_student(inputs)
-            parts["attention"], parts["hidden"] = self.mapping.losses(
-                attention_cost(teacher.queries, teacher.keys, student.queries, student.keys, mask=mask),
-                hidden_cost(teacher.hidden_states, self.trained.project(student.hidden_states), mask=mask),
+    def __call__(self, batch: Batch) -> Outcome:
+        """Run the batch's parts and leave this process's share of the gradients in the parameters."""
+        self.number = batch.number
+        flows = None
+        if self.layers and self.mapping.solves and batch.split:
+            flows = self._flows(
+                sum((self._costs_only(part, seed, batch) for part, seed in _seeded(batch)), self._zero())
             )
-            parts["embedding"] = embedding_loss(teacher.embedding, self.trained.project(student.embedding), mask=mask)
-            teacher_logits, student_logits = teacher.logits, student.logits
-        prediction = self._prediction(teacher_logits, student_logits, labels)
-        loss = total_loss(
-            attention=parts.get("attention", 0.0),
-            hidden=parts.get("hidden", 0.0),
-            embedding=parts.get("embedding", 0.0),
-            prediction=prediction,
-            beta=self.settings.beta,
-            theta=self.settings.theta,
-        )
-        losses = {name: part.item() for name, part in (parts | {"prediction": prediction}).items()}
-        layers = self.mapping.log if self.layers else dict
-        return Step(loss, lambda: {"losses": losses} | layers())
+        total = torch.zeros((), device=self.device)
+        sums: dict[str, Tensor] = {}
+        for part, seed in _seeded(batch):
+            torch.manual_seed(seed)
+            with matrix_precision(self.device, bfloat16=self.bfloat16):
+                teacher, student = self._teacher(part), self._student(part)
+                losses = {"prediction": self._prediction(teacher, student, part) / batch.units}
+                if self.layers:
+                    costs = self._costs(teacher, student, part, batch)
+                    flows = flows or self._flows(costs.detach())
+                    losses |= self._layer_losses(costs, flows, teacher, student, part, batch)
+            loss = total_loss(**losses, beta=self.settings.beta, theta=self.settings.theta)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            total += loss.detach()
+            sums = {name: sums.get(name, 0.0) + value.detach() for name, value in losses.items()}
+        if (
+            self.layers and flows is None
+        ):  # no row of this batch is ours, but the others wait for our share of the costs
+            self._flows(self._zero())
+        names = ("prediction", *SIDES, "embedding") if self.layers else ("prediction",)
+        parts = {name: sums.get(name, torch.zeros_like(total)) for name in names}
+        return Outcome(total, parts, self.mapping.log if self.layers else dict)
 
-    def _prediction(self, teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
-        if self.regression:
-            return regression_loss(teacher, student, labels, alpha=self.settings.alpha)
-        return prediction_loss(
-            teacher,
-            student,
-            labels,
+    def teacher_tensors(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the teacher computes of a batch, by name, as a cache keeps it: layers stacked, no gradient."""
+        found = self._run_teacher(inputs)
+        if not self.layers:
+            return {"logits": found.logits}
+        layers = {name: torch.stack(list(getattr(found, name))) for name in ("hidden_states", "queries", "keys")}
+        return {"logits": found.logits, "embedding": found.embeddings[0], **layers}
+
+    def _teacher(self, part: Part) -> LayerOutputs:
+        if self.cache is None:
+            return self._run_teacher(part.inputs)
+        kept = self.cache(part.rows, part.inputs)
+        if not self.layers:
+            return LayerOutputs(kept["logits"], (), (), (), ())
+        layers = (list(kept[name]) for name in ("hidden_states", "queries", "keys"))
+        return LayerOutputs(kept["logits"], [kept["embedding"]], *layers)
+
+    def _run_teacher(self, inputs: dict[str, Tensor]) -> LayerOutputs:
+        with torch.no_grad(), matrix_precision(self.device, bfloat16=self.bfloat16):
+            return self.read_teacher(inputs) if self.read_teacher is not None else _logits_only(self.teacher, inputs)
+
+    def _student(self, part: Part) -> LayerOutputs:
+        if self.read_student is not None:
+            return self.read_student(part.inputs)
+        return _logits_only(self.trained.student, part.inputs)
+
+    def _costs_only(self, part: Part, seed: int, batch: Batch) -> Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad(), matrix_precision(self.device, bfloat16=self.bfloat16):
+            return self._costs(self._teacher(part), self._student(part), part, batch)
+
+    def _costs(self, teacher: LayerOutputs, student: LayerOutputs, part: Part, batch: Batch) -> Tensor:
+        """Return the part's (2, rows, N) share of the attention and hidden costs."""
+        mask = part.inputs["attention_mask"].bool()
+        chosen = [
+            [layers[row] for row in self.rows] for layers in (teacher.queries, teacher.keys, teacher.hidden_states)
+        ]
+        attention = attention_cost(chosen[0], chosen[1], student.queries, student.keys, mask=mask)
+        projected = [self.trained.project(hidden) for hidden in student.hidden_states]
+        hidden = hidden_cost(chosen[2], projected, mask=mask)
+        return torch.stack([attention * (part.squares / batch.squares), hidden * (part.tokens / batch.tokens)])
+
+    def _flows(self, costs: Tensor) -> dict[str, Tensor]:
+        """Return the step's flows, by side, from this process's share of the costs."""
+        return self.mapping.step(self.processes.sum(costs) if self.mapping.solves else None)
+
+    def _zero(self) -> Tensor:
+        return torch.zeros(2, len(self.rows), self.mapping.student_layers, device=self.device)
+
+    def _layer_losses(
+        self,
+        costs: Tensor,
+        flows: dict[str, Tensor],
+        teacher: LayerOutputs,
+        student: LayerOutputs,
+        part: Part,
+        batch: Batch,
+    ) -> dict[str, Tensor]:
+        found = {side: emd_loss(cost, flows[side][self.rows]) for side, cost in zip(SIDES, costs, strict=True)}
+        mask = part.inputs["attention_mask"].bool()
+        # L_emb = mean((W e_student - e_teacher)^2): the cost of one layer against one.
+        embedding = hidden_cost(teacher.embeddings, [self.trained.project(e) for e in student.embeddings], mask=mask)
+        return found | {"embedding": embedding[0, 0] * (part.tokens / batch.tokens)}
+
+    def _prediction(self, teacher: LayerOutputs, student: LayerOutputs, part: Part) -> Tensor:
+        return prediction_losses(
+            self.kind,
+            teacher.logits,
+            student.logits,
+            part.labels,
             alpha=self.settings.alpha,
             temperature=self.settings.temperature,
             reduction=self.settings.reduction,
-        )
+            mask=part.inputs["attention_mask"].bool(),
+        ).sum()
+
+
+def _seeded(batch: Batch) -> list[tuple[Part, int]]:
+    return list(zip(batch.parts, batch.seeds, strict=True))
+
+
+def _logits_only(model: nn.Module, inputs: dict[str, Tensor]) -> LayerOutputs:
+    known = known_inputs(model.config.to_dict())  # type: ignore[union-attr, operator]
+    output = model(**{name: value for name, value in inputs.items() if name in known})
+    return LayerOutputs(output_logits(output), (), (), (), ())

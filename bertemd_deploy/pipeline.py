@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from bertemd_deploy import __version__
-from bertemd_deploy.bench.environment import uses_bfloat16
 from bertemd_deploy.checkpoints import WEIGHTS, find_model, has_head
 from bertemd_deploy.config import DataSettings, DistillSettings, Precision, Recipe, TeacherSettings
 from bertemd_deploy.console import note
 from bertemd_deploy.data import Dataset, load_data
-from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError
+from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, UnfinishedError
 from bertemd_deploy.files import (
     PARTIAL,
     check_replaceable,
@@ -55,6 +54,7 @@ def load_recipe_data(settings: DataSettings) -> tuple[Dataset, int]:
         sentence2=settings.sentence2,
         label=settings.label,
         train_limit=settings.train_limit,
+        doc_stride=settings.doc_stride,
     )
     return data, settings.max_length or data.task.max_length
 
@@ -92,8 +92,14 @@ def distill_stage(
         checkpoints=work.checkpoints,
         log=work.log,
         teacher_name=_display_name(recipe.teacher.model),
+        language_model=_language_model(recipe),
         **extra,
     )
+
+
+def _language_model(recipe: Recipe) -> Path | None:
+    """Return the checkpoint whose masked-LM head augments: the recipe's, which may be the encoder before fine-tuning."""
+    return find_model(recipe.teacher.model) if recipe.distill.augmentation == "mlm" else None
 
 
 def _display_name(spec: str) -> str:
@@ -169,28 +175,18 @@ def stand_alone(
     Raises:
         ArtifactError: `out` holds something else, or the same stage with other inputs.
     """
-    check_replaceable(out)
-    digest = sha256_json(inputs)
-    marker = out / STAGE
-    claim_folder(out, marker=STAGE, force=force)
-    if force:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        marker.unlink(missing_ok=True)
-    if marker.exists():
-        state = read_json(marker, what="stage record")
-        if state.get("inputs") != digest:
-            raise ArtifactError(
-                f"{out}: holds a {state.get('stage')} of other inputs ({_changed(state.get('given'), inputs)}). "
-                "Choose another --out, or add --force to start over."
-            )
-        if state.get("status") == "done" and (out / WEIGHTS).is_file():
-            note(f"{name}: {out} is finished and its inputs are the same; nothing to do")
-            return dict(state["record"])
-    header = {"stage": name, "inputs": digest, "given": inputs, "version": __version__}
-    write_json(marker, header | {"status": "running"})
+    from bertemd_deploy.processes import join_processes
+
+    processes = join_processes()
+    header = {"stage": name, "inputs": sha256_json(inputs), "given": inputs, "version": __version__}
+    if processes.main:
+        _claim_stage(out, header, force=force)
+    processes.wait()  # the others read what the main process found or wrote
+    state = read_json(out / STAGE, what="stage record")
+    if state["status"] == "done":
+        note(f"{name}: {out} is finished and its inputs are the same; nothing to do")
+        return dict(state["record"])
     work = Work(out, out / "checkpoints", out / f"{name}.jsonl")
-    if not work.checkpoints.exists():
-        work.log.unlink(missing_ok=True)
 
     def beside(folder: Path, record: dict[str, Any]) -> None:
         shutil.copyfile(work.log, folder / work.log.name)
@@ -198,6 +194,32 @@ def stand_alone(
         _keep_foreign(out, folder, ours=(STAGE, work.checkpoints.name))
 
     return train(work, beside=beside)
+
+
+def _claim_stage(out: Path, header: dict[str, Any], *, force: bool) -> None:
+    """Take `out` for a stage that is to begin or go on; leave the record of one that is done with the same inputs.
+
+    Raises:
+        ArtifactError: `out` holds something else, or the same stage with other inputs.
+    """
+    check_replaceable(out)
+    marker = out / STAGE
+    claim_folder(out, marker=STAGE, force=force)
+    if force:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        marker.unlink(missing_ok=True)
+    if marker.exists():
+        state = read_json(marker, what="stage record")
+        if state.get("inputs") != header["inputs"]:
+            raise ArtifactError(
+                f"{out}: holds a {state.get('stage')} of other inputs ({changed_inputs(state.get('given'), header['given'])}). "
+                "Choose another --out, or add --force to start over."
+            )
+        if state.get("status") == "done" and (out / WEIGHTS).is_file():
+            return
+    write_json(marker, header | {"status": "running"})
+    if not (out / "checkpoints").exists():
+        (out / f"{header['stage']}.jsonl").unlink(missing_ok=True)
 
 
 def _keep_foreign(old: Path, new: Path, *, ours: tuple[str, ...]) -> None:
@@ -212,7 +234,13 @@ def _keep_foreign(old: Path, new: Path, *, ours: tuple[str, ...]) -> None:
 
 
 def run(
-    recipe: Recipe, *, out: Path, from_stage: str | None = None, force: bool = False, stop_after: str | None = None
+    recipe: Recipe,
+    *,
+    out: Path,
+    from_stage: str | None = None,
+    force: bool = False,
+    stop_after: str | None = None,
+    max_minutes: float | None = None,
 ) -> dict[str, Any]:
     """Run the whole pipeline of a recipe in the run folder `out`; finished stages with unchanged inputs are skipped.
 
@@ -222,6 +250,7 @@ def run(
         from_stage: do this stage and the later ones again.
         force: use a folder that holds something else, and start over (`from_stage` says where, if given).
         stop_after: last stage to run.
+        max_minutes: stop training after so long, to be continued; None never stops.
 
     Returns:
         The record: every stage's record, and the paths of artifact and report as far as they were made.
@@ -231,13 +260,21 @@ def run(
     """
     if stop_after is not None and stop_after not in STAGES:
         raise RecipeError(f"--to: unknown stage {stop_after!r}; known: {', '.join(STAGES)}.")
-    return _Run(recipe, out, from_stage=from_stage, force=force).all(stop_after=stop_after)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError(
+            "run: its stages measure and export, which is for one process. On several processes use `bertemd finetune` and "
+            "`bertemd distill`, then `bertemd export` and `bertemd bench` on one."
+        )
+    return _Run(recipe, out, from_stage=from_stage, force=force, max_minutes=max_minutes).all(stop_after=stop_after)
 
 
 class _Run:
     """One run folder and its state file."""
 
-    def __init__(self, recipe: Recipe, out: Path, *, from_stage: str | None, force: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, *, from_stage: str | None, force: bool, max_minutes: float | None
+    ) -> None:
+        self.max_minutes, self.started = max_minutes, time.monotonic()
         claim_folder(out, marker=STATE, force=force)
         self.recipe, self.out = recipe, out
         self.state: dict[str, Any] = {"schema_version": 1, "version": __version__, "stages": {}}
@@ -249,6 +286,10 @@ class _Run:
             self._forget(STAGES[0])
         write_text(out / "recipe.yaml", recipe.to_yaml())
         self._save()
+
+    def _minutes_left(self) -> float | None:
+        spent = (time.monotonic() - self.started) / 60
+        return None if self.max_minutes is None else max(0.0, self.max_minutes - spent)
 
     def _save(self) -> None:
         write_json(self.out / STATE, self.state)
@@ -288,7 +329,8 @@ class _Run:
         try:
             record = work()
         except BertemdError as error:
-            self.state["stages"][name] = entry | {"status": "failed", "error": str(error)}
+            status = "stopped" if isinstance(error, UnfinishedError) else "failed"
+            self.state["stages"][name] = entry | {"status": status, "error": str(error)}
             self._save()
             raise
         seconds = round(time.monotonic() - started, 1)
@@ -310,7 +352,10 @@ class _Run:
             inputs = finetune_inputs(recipe, source, shared)
             work = Work(teacher, out / "checkpoints" / "finetune", out / "finetune.jsonl")
             records["finetune"] = self._stage(
-                "finetune", inputs, teacher / WEIGHTS, lambda: finetune_stage(recipe, data, max_length, work)
+                "finetune",
+                inputs,
+                teacher / WEIGHTS,
+                lambda: finetune_stage(recipe, data, max_length, work, max_minutes=self._minutes_left()),
             )
         else:
             self.state["stages"]["finetune"] = {"status": "skipped", "reason": "the teacher has its head"}
@@ -320,7 +365,10 @@ class _Run:
         inputs = distill_inputs(recipe, teacher, shared)
         student_work = Work(student, out / "checkpoints" / "distill", out / "distill.jsonl")
         records["distill"] = self._stage(
-            "distill", inputs, student / WEIGHTS, lambda: distill_stage(recipe, teacher, data, max_length, student_work)
+            "distill",
+            inputs,
+            student / WEIGHTS,
+            lambda: distill_stage(recipe, teacher, data, max_length, student_work, max_minutes=self._minutes_left()),
         )
         if stop_after == "distill":
             return records
@@ -386,8 +434,11 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: dict[str, Any]) -> dic
         precision=_resolved(recipe.distill.precision),
         logging_steps=plain.logging_steps,
         checkpoint_seconds=plain.checkpoint_seconds,
+        micro_batch_size=None,  # the same student to rounding, as with another number of processes
+        teacher_cache_bytes=0,
     )
-    return shared | {
+    model = _language_model(recipe)
+    return (shared if model is None else shared | {"language_model": sha256_file(model / WEIGHTS)}) | {
         "teacher": sha256_file(teacher / WEIGHTS),
         "student": asdict(recipe.student),
         "distill": asdict(settings),
@@ -396,7 +447,9 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: dict[str, Any]) -> dic
 
 def _resolved(precision: Precision) -> Precision:
     """Return what "auto" is on this machine: another precision gives another model."""
-    return "bfloat16" if uses_bfloat16(precision) else "float32"
+    from bertemd_deploy.devices import trains_in_bfloat16
+
+    return "bfloat16" if trains_in_bfloat16(precision) else "float32"
 
 
 def export_record(artifact: Any) -> dict[str, Any]:
@@ -410,7 +463,7 @@ def export_record(artifact: Any) -> dict[str, Any]:
     }
 
 
-def _changed(before: Any, after: dict[str, Any], prefix: str = "") -> str:
+def changed_inputs(before: Any, after: dict[str, Any], prefix: str = "") -> str:
     """Name the inputs that differ."""
     if not isinstance(before, dict):
         return prefix or "unknown"
@@ -419,5 +472,5 @@ def _changed(before: Any, after: dict[str, Any], prefix: str = "") -> str:
         old, new = before.get(key), after.get(key)
         if old != new:
             nested = isinstance(new, dict) and isinstance(old, dict)
-            names.append(_changed(old, dict(new or {}), f"{prefix}{key}.") if nested else f"{prefix}{key}")
+            names.append(changed_inputs(old, dict(new or {}), f"{prefix}{key}.") if nested else f"{prefix}{key}")
     return ", ".join(names)

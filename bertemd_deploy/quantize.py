@@ -4,8 +4,8 @@
     embedding tables  int8 rows, one scale per row (stored as float16 where its range allows), looked up then multiplied
 
 The portable form is DynamicQuantizeLinear, MatMulInteger, Cast, Mul; the fused form one DynamicQuantizeMatMul with its
-bias. Only two-dimensional weights become int8: biases, LayerNorm parameters, the segment table (2 rows) and the final
-classifier stay float32, and so does what runs between the products.
+bias. Only two-dimensional weights become int8: biases, LayerNorm parameters, the segment table (2 rows) and the task's
+head stay float32, and so does what runs between the products.
 
 ONNX Runtime's own quantize_dynamic is not used: it gives a whole embedding table one scale, rounds the LayerNorm
 parameters of a fused embedding too, and leaves each bias outside its product.
@@ -25,6 +25,7 @@ from bertemd_deploy.onnx_edit import MICROSOFT, Editor, attribute, declare_micro
 ACTIVATION_TYPE = "uint8"
 WEIGHT_TYPE = "int8"
 REDUCE_RANGE = False  # full 8-bit weights: exact with VNNI, AMX or Arm; older x86 saturates at extremes
+_BEHIND_HEAD = {"Add", "Gather"}
 _SMALLEST_TABLE = 16  # rows; a shorter table (segments) is not worth a second lookup
 
 
@@ -127,9 +128,8 @@ def _weight_of(editor: Editor, node: onnx.NodeProto) -> NDArray[np.float32] | No
         return None
     if node.op_type == "Gather":
         return array if attribute(node, "axis", 0) == 0 and len(array) >= _SMALLEST_TABLE else None
-    outputs = {value.name for value in editor.model.graph.output}
-    if node.output[0] in outputs:
-        return None  # the classifier: a few thousand weights, and the logits come straight from it
+    if _is_head(editor, node):
+        return None  # a few thousand weights, and the logits come straight from it
     if node.op_type == "Gemm":
         plain = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and not attribute(
             node, "transA", 0
@@ -138,6 +138,17 @@ def _weight_of(editor: Editor, node: onnx.NodeProto) -> NDArray[np.float32] | No
             return None
         return np.ascontiguousarray(array.T) if attribute(node, "transB", 0) else array
     return array
+
+
+def _is_head(editor: Editor, node: onnx.NodeProto) -> bool:
+    """Return whether a product gives the graph's outputs, but for a bias and the split into starts and ends."""
+    outputs = {value.name for value in editor.model.graph.output}
+    while not outputs.intersection(node.output):
+        following = [after for name in node.output for after in editor.consumers.get(name, [])]
+        if not following or any(after.op_type not in _BEHIND_HEAD for after in following):
+            return False
+        node = following[0]
+    return True
 
 
 def _bias_of(editor: Editor, node: onnx.NodeProto, *, absorb: bool) -> tuple[str, str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUT_NAME = "logits"
+SPAN_OUTPUTS = ("start_logits", "end_logits")  # of question answering, which has no "logits"
+BATCH_SIZE = 32  # rows run together
 
 
 @dataclass(frozen=True)
@@ -98,22 +101,67 @@ def open_session(path: Path, *, threads: int | None = None, optimize: bool = Tru
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-    """Return the (batch, outputs) float32 logits of one batch, feeding exactly the inputs the graph declares."""
-    declared = [node.name for node in session.get_inputs()]
-    (logits,) = session.run([OUTPUT_NAME], {name: inputs[name] for name in declared})
-    return np.asarray(logits, dtype=np.float32)
+    """Return the float32 logits of one batch, feeding exactly the inputs the graph declares.
+
+    (batch, outputs); (batch, sequence, labels) of token classification; (batch, sequence, 2), start and end, of question
+    answering.
+    """
+    feed = {node.name: inputs[node.name] for node in session.get_inputs()}
+    names = [node.name for node in session.get_outputs()]
+    if OUTPUT_NAME in names:
+        (logits,) = session.run([OUTPUT_NAME], feed)
+        return np.asarray(logits, dtype=np.float32)
+    return np.stack(session.run(list(SPAN_OUTPUTS), feed), axis=-1).astype(np.float32, copy=False)
 
 
 def predict_logits(
-    session: onnxruntime.InferenceSession, examples: Encoded, *, pad_id: int, batch_size: int = 32
+    session: onnxruntime.InferenceSession, examples: Encoded, *, pad_id: int, batch_size: int = BATCH_SIZE
 ) -> NDArray[np.float32]:
-    """Return (n, outputs) float32 logits of all `examples`, in their order, run in batches of like length."""
+    """Return the float32 logits of all `examples`, in their order; shapes as `collect_logits` gives them.
+
+    Raises:
+        ValueError: no examples.
+    """
+    return collect_logits(partial(run_session, session), examples, pad_id=pad_id, batch_size=batch_size)
+
+
+def collect_logits(
+    run: Callable[[dict[str, NDArray[np.int64]]], NDArray[np.float32]],
+    examples: Encoded,
+    *,
+    pad_id: int,
+    batch_size: int = BATCH_SIZE,
+    done: Callable[[int], None] = lambda rows: None,
+) -> NDArray[np.float32]:
+    """Return a model's logits of all `examples`, in their order, run in batches of like length.
+
+    Args:
+        run: the model on one padded batch: (B, outputs) logits, or (B, T, outputs) of a model that reads every token.
+        examples: what to run.
+        pad_id: token id of padding.
+        batch_size: rows run together.
+        done: called with the number of rows of each batch.
+
+    Returns:
+        (n, outputs) float32; of a model that reads every token ragged as the tokens are, (sum of lengths, outputs),
+        without padding.
+
+    Raises:
+        ValueError: no examples.
+    """
     logits: NDArray[np.float32] | None = None
     for rows in length_batches(examples.lengths, batch_size=batch_size):
-        part = run_session(session, examples.batch(rows, pad_id=pad_id))
+        part = run(examples.batch(rows, pad_id=pad_id))
         if logits is None:
-            logits = np.empty((len(examples), part.shape[-1]), dtype=np.float32)
-        logits[rows] = part
+            units = len(examples) if part.ndim == 2 else len(examples.tokens)
+            logits = np.empty((units, part.shape[-1]), dtype=np.float32)
+        if part.ndim == 2:
+            logits[rows] = part
+        else:
+            for row, values in zip(rows, part, strict=True):
+                start, stop = examples.offsets[row], examples.offsets[row + 1]
+                logits[start:stop] = values[: stop - start]
+        done(len(rows))
     if logits is None:
         raise ValueError("no examples")
     return logits

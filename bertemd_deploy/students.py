@@ -1,6 +1,7 @@
-"""Students: their sizes by name, and where their weights start.
+"""Students: their sizes by name, and where their weights start. A student is a BERT, whatever its teacher is.
 
-Every weight that should be loaded is loaded, or it is an error.
+Layers come from the teacher or from a checkpoint, of any family (`inherit`); a checkpoint's word embedding is put in the
+order of the teacher's tokenizer, which the student shares.
 """
 
 from __future__ import annotations
@@ -13,12 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bertemd_deploy.checkpoints import WEIGHTS, find_model
+from bertemd_deploy.checkpoints import find_model
 from bertemd_deploy.config import StudentSettings
-from bertemd_deploy.console import warn
+from bertemd_deploy.console import note, warn
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import ModelError, RecipeError
+from bertemd_deploy.families import family_of, feed_forward_activation, norm_epsilon, positions, sizes
+from bertemd_deploy.inherit import fill, stored_weights
 from bertemd_deploy.mapping import even_layers
+from bertemd_deploy.models import auto_class, read_config
+from bertemd_deploy.tasks import Kind
+from bertemd_deploy.vocabulary import match_rows
+
+_SHARED = ("vocab_size", "id2label", "label2id", "problem_type", "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -52,117 +60,152 @@ def student_shape(settings: StudentSettings, teacher: Mapping[str, Any]) -> Shap
         shape = STUDENTS[settings.name]
     else:
         raise RecipeError(f"student.name: unknown {settings.name!r}; known: {', '.join(STUDENTS)}, or give the sizes.")
-    hidden = shape.hidden or int(teacher["hidden_size"])
-    heads = shape.heads or int(teacher["num_attention_heads"])
+    theirs = sizes(teacher)
+    hidden = shape.hidden or theirs.hidden
+    heads = shape.heads or theirs.heads
     shape = Shape(
         shape.layers,
         hidden,
         heads,
-        shape.intermediate or (int(teacher["intermediate_size"]) if hidden == teacher["hidden_size"] else 4 * hidden),
+        shape.intermediate or (theirs.intermediate if hidden == theirs.hidden else 4 * hidden),
         shape.start,
     )
-    if shape.layers > int(teacher["num_hidden_layers"]):
-        raise RecipeError(
-            f"student: {shape.layers} layers, the teacher has {teacher['num_hidden_layers']}; a student is not deeper."
-        )
+    if shape.layers > theirs.layers:
+        raise RecipeError(f"student: {shape.layers} layers, the teacher has {theirs.layers}; a student is not deeper.")
     if hidden % heads:
         raise RecipeError(f"student: hidden {hidden} is not a multiple of heads {heads}.")
     return shape
 
 
-def build_student(teacher: nn.Module, *, shape: Shape, init: str, seed: int) -> tuple[nn.Module, str]:
-    """Return the student in eval mode and a sentence on where its weights come from.
+def build_student(
+    teacher: nn.Module,
+    *,
+    shape: Shape,
+    init: str,
+    seed: int,
+    encoder: TextEncoder,
+    kind: Kind = "classification",
+) -> tuple[nn.Module, str]:
+    """Return the student, a BERT in eval mode, and a sentence on where its weights come from.
 
     Args:
-        teacher: the teacher's classifier, whose config (vocabulary, labels) the student shares.
+        teacher: the teacher's task model of any family, whose vocabulary and labels the student shares.
         shape: full sizes, from `student_shape`.
-        init: "auto" takes `shape.start`; "teacher", "random", or a checkpoint.
+        init: "auto" takes `shape.start`; "teacher", "random", or a checkpoint of any family.
         seed: of the random weights.
+        encoder: the teacher's tokenizer, which is the student's.
+        kind: of the task; decides which head the student has.
 
     Raises:
-        ModelError: the teacher's width differs where layers should be copied, or a checkpoint does not fit.
+        ModelError: the teacher's sizes differ where layers should be copied, or it has parts that no BERT can hold, or a
+            checkpoint does not fit.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    source: Any = teacher.config
+    source: dict[str, Any] = teacher.config.to_dict()  # type: ignore[union-attr, operator]
+    theirs = sizes(source)
     start = shape.start if init == "auto" else init
-    fields = source.to_dict() | {
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
-        "intermediate_size": shape.intermediate,
-    }
-    fields.pop("_name_or_path", None)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]  # transformers is untyped
-        student: nn.Module = built.float()
+    if start == "teacher":
+        same, teacher_s = (
+            (shape.hidden, shape.heads, shape.intermediate),
+            (theirs.hidden, theirs.heads, theirs.intermediate),
+        )
+        if same != teacher_s:
+            raise ModelError(
+                f"student: sizes {same} (hidden, heads, intermediate) differ from the teacher's {teacher_s}, so its layers "
+                "cannot be copied. Set student.init to a checkpoint, or to random."
+            )
+        layers = even_layers(theirs.layers, shape.layers)
+        student = _empty_student(source, source, shape=shape, seed=seed, encoder=encoder, kind=kind)
+        fill(student, teacher.state_dict(), source, layers=layers, kind=kind, where="the teacher", whole=True)
+        return student, f"teacher layers {_numbers(layers)}"
     if start == "random":
         warn(
             "the student starts from RANDOM weights: expect far lower accuracy than from a checkpoint or teacher layers"
         )
-        return student.eval(), "random weights"
-    if start == "teacher":
-        same = (shape.hidden, shape.heads, shape.intermediate)
-        if same != (source.hidden_size, source.num_attention_heads, source.intermediate_size):
-            raise ModelError(
-                f"student: sizes {same} (hidden, heads, intermediate) differ from the teacher's "
-                f"{(source.hidden_size, source.num_attention_heads, source.intermediate_size)}, so its layers cannot be "
-                "copied. Set student.init to a checkpoint, or to random."
-            )
-        layers = even_layers(source.num_hidden_layers, shape.layers)
-        _copy_weights(student, teacher.state_dict(), layers=layers, where="the teacher")
-        return student.eval(), f"teacher layers {', '.join(str(at + 1) for at in layers)}"
+        return _empty_student(source, source, shape=shape, seed=seed, encoder=encoder, kind=kind), "random weights"
     folder = find_model(start)
-    stored = _encoder_weights(folder)
-    _copy_weights(student, stored, layers=list(range(shape.layers)), where=str(folder), head=False)
-    return student.eval(), f"checkpoint {start}"
+    config: dict[str, Any] = read_config(folder).to_dict()
+    deep = sizes(config).layers
+    layers = even_layers(deep, shape.layers) if deep > shape.layers else list(range(shape.layers))
+    student = _empty_student(source, config, shape=shape, seed=seed, encoder=encoder, kind=kind)
+    stored = stored_weights(folder)
+    _match_words(stored, folder, config, encoder=encoder, rows=int(source["vocab_size"]))
+    fill(student, stored, config, layers=layers, kind=kind, where=str(folder), whole=False)
+    return student, f"checkpoint {start}" + (f" (layers {_numbers(layers)})" if deep > shape.layers else "")
 
 
-def _encoder_weights(folder: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's weights by the classifier's names (with the `bert.` prefix)."""
-    from safetensors.torch import load_file
-
-    stored = load_file(folder / WEIGHTS)
-    return {
-        name if name.startswith(("bert.", "classifier.")) else f"bert.{name}": value for name, value in stored.items()
-    }
+def _numbers(layers: Sequence[int]) -> str:
+    return ", ".join(str(at + 1) for at in layers)
 
 
-def _copy_weights(
-    student: nn.Module, stored: Mapping[str, Tensor], *, layers: Sequence[int], where: str, head: bool = True
+def _empty_student(
+    teacher: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    *,
+    shape: Shape,
+    seed: int,
+    encoder: TextEncoder,
+    kind: Kind,
+) -> nn.Module:
+    """Return a BERT with random weights: the teacher's vocabulary and labels, the functions that `weights` are made for.
+
+    Args:
+        teacher: the teacher's config.
+        weights: config of the model whose weights the student gets.
+        shape: full sizes.
+        seed: of the random weights.
+        encoder: the teacher's tokenizer.
+        kind: of the task.
+
+    Raises:
+        ModelError: the texts may be longer than the positions that `weights` has.
+    """
+    from transformers import BertConfig
+
+    rows = min(positions(teacher), positions(weights))
+    if encoder.max_length > rows:
+        raise ModelError(
+            f"student: data.max_length is {encoder.max_length}, the checkpoint it starts from has {rows} positions. "
+            "Lower it, or choose another checkpoint."
+        )
+    own = dict(teacher) if teacher["model_type"] == "bert" else {"pad_token_id": encoder.pad_id}
+    for name in ("_name_or_path", "model_type", "architectures"):
+        own.pop(name, None)
+    fields = own | {name: teacher[name] for name in _SHARED if teacher.get(name) is not None} | {
+        "hidden_dropout_prob": teacher.get("hidden_dropout_prob", teacher.get("dropout", 0.1)),
+        "attention_probs_dropout_prob": teacher.get("attention_probs_dropout_prob", teacher.get("attention_dropout", 0.1)),
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.intermediate,
+        "hidden_act": feed_forward_activation(weights),
+        "layer_norm_eps": norm_epsilon(weights),
+        "max_position_embeddings": rows,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built: Any = auto_class(kind).from_config(BertConfig(**fields), attn_implementation="sdpa")
+        student: nn.Module = built.float()
+    return student.eval()
+
+
+def _match_words(
+    stored: dict[str, Tensor], folder: Path, config: Mapping[str, Any], *, encoder: TextEncoder, rows: int
 ) -> None:
-    """Fill every weight of `student` from `stored`, layer j from `layers[j]`; none but the head may be left random."""
-    mine = student.state_dict()
-    absent = []
-    for name, value in mine.items():
-        source = name
-        if name.startswith("bert.encoder.layer."):
-            at, rest = name.removeprefix("bert.encoder.layer.").split(".", 1)
-            source = f"bert.encoder.layer.{layers[int(at)]}.{rest}"
-        given = stored.get(source)
-        if given is not None and given.shape == value.shape:
-            value.copy_(given)
-        elif head or not name.startswith(("classifier.", "bert.pooler.")):
-            absent.append(
-                f"{source} ({'missing' if given is None else f'{tuple(given.shape)} for {tuple(value.shape)}'})"
-            )
-    if absent:
+    """Order the rows of a checkpoint's word embedding as the teacher's tokenizer numbers its tokens."""
+    name = f"{family_of(config).prefix}.embeddings.word_embeddings.weight"
+    words = stored.get(name)
+    mine, theirs = TextEncoder.load(folder, max_length=encoder.max_length).vocabulary(), encoder.vocabulary()
+    if words is None or (mine == theirs and len(words) == rows):
+        return  # what is missing is named when the student is filled
+    if max(mine.values()) >= len(words):
         raise ModelError(
-            f"student: {len(absent)} weight(s) cannot be loaded from {where} and would be left random: "
-            f"{', '.join(absent[:3])}{', …' if len(absent) > 3 else ''}. Choose a checkpoint of the student's sizes."
+            f"{folder}: its tokenizer has ids up to {max(mine.values())}, its word embedding {len(words)} rows; tokenizer "
+            "and weights belong to different models."
         )
-
-
-def check_same_tokens(folder: Path, encoder: TextEncoder) -> None:
-    """Refuse a student checkpoint whose tokenizer gives other ids than the teacher's."""
-    mine = TextEncoder.load(folder, max_length=encoder.max_length).vocabulary()
-    theirs = encoder.vocabulary()
-    if mine != theirs:
-        different = sum(mine.get(token) != at for token, at in theirs.items())
-        raise ModelError(
-            f"{folder}: its tokenizer is another than the teacher's ({different:,} of {len(theirs):,} tokens have another id "
-            "or are absent), so hidden states do not compare. Start from teacher layers, or from a checkpoint that shares "
-            "the teacher's vocabulary."
-        )
+    order, matched = match_rows(theirs, mine, rows=rows, where=str(folder))
+    others = "" if matched == len(theirs) else "; the others start as its unknown token"
+    stored[name] = words[torch.from_numpy(order)]
+    note(
+        f"student: {matched:,} of the teacher's {len(theirs):,} tokens ({matched / len(theirs):.2%}) have a word embedding "
+        f"in {folder}, matched by text{others}"
+    )

@@ -14,12 +14,14 @@ class Task:
 
     Attributes:
         name: key in `TASKS`.
-        kind: how labels are read: names of classes, or numbers.
-        columns: accepted (first text, second text or None) column pairs, tried in order.
-        metrics: names in `metrics.METRICS`; the first selects checkpoints and gates.
+        kind: what a row's answer is: a class, a number, any of several labels, a tag for each word, a span of the text.
+        columns: accepted (first text, second text or None) column pairs, tried in order; the tokens where words have
+            tags, the question and its context where spans are sought.
+        metrics: names in `metrics.METRICS` or `metrics.SLICE_METRICS`; the first selects checkpoints and gates.
         labels: class names by number, or empty where the data says (sorted).
         max_length: longest input in tokens, special tokens included.
         hub_dev: name of the labelled development split on the hub.
+        label_column: name of the label column.
     """
 
     name: str
@@ -29,10 +31,12 @@ class Task:
     labels: tuple[str, ...] = ()
     max_length: int = 128
     hub_dev: str = "validation"
+    label_column: str = "label"
 
 
 _SINGLE = ("sentence", None)
 _PAIR = ("sentence1", "sentence2")
+_TOKENS = ("tokens", None)
 _NLI = ("entailment", "neutral", "contradiction")
 
 TASKS: dict[str, Task] = {
@@ -68,6 +72,17 @@ TASKS: dict[str, Task] = {
         Task("demo", "classification", (_SINGLE,), ("accuracy",), max_length=64),
         Task("classification", "classification", (_SINGLE, _PAIR), ("accuracy",)),
         Task("regression", "regression", (_SINGLE, _PAIR), ("pearson", "spearman")),
+        Task("multilabel", "multilabel", (_SINGLE, _PAIR), ("f1_micro", "f1_macro"), label_column="labels"),
+        Task("token-classification", "token-classification", (_TOKENS,), ("entity_f1",), label_column="tags"),
+        Task("tagging", "token-classification", (_TOKENS,), ("accuracy",), label_column="tags"),
+        Task(
+            "question-answering",
+            "question-answering",
+            (("question", "context"),),
+            ("f1_squad", "exact_match"),
+            max_length=384,
+            label_column="answers",
+        ),
     )
 }
 

@@ -1,44 +1,57 @@
 """The one training loop: batches, optimiser, learning rate, evaluation, checkpoints, resume.
 
-`fit` trains whatever modules it is given with whatever step function it is given; fine-tuning and distillation are both
-calls of it. It is deterministic and resumable to the bit on a CPU with the same thread count: the order of batches depends
-on (seed, epoch), dropout on (seed, step), and a checkpoint holds weights, optimiser, extra state and the best score. A
-checkpoint is one safetensors file, written whole; killed at any moment, the next call goes on from the last one.
+`fit` trains whatever modules it is given with whatever objective it is given; fine-tuning and distillation are both calls of
+it. It is deterministic and resumable to the bit on a CPU with the same thread and process counts: the order of batches
+depends on (seed, epoch), dropout on (seed, step, part, process), and a checkpoint holds weights, optimiser, extra state and
+the best score. Killed at any moment, the next call goes on from the last checkpoint, on any number of processes.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import gc
 import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bertemd_deploy.artifact import DataSlice
+from bertemd_deploy.batching import Batch, Batching
 from bertemd_deploy.console import note, progress
-from bertemd_deploy.data import training_batches
-from bertemd_deploy.encoding import Encoded, length_batches
-from bertemd_deploy.errors import TrainingError
-from bertemd_deploy.files import discard_partial, new_file, write_error
+from bertemd_deploy.devices import training_device
+from bertemd_deploy.errors import TrainingError, UnfinishedError
+from bertemd_deploy.files import discard_partial
+from bertemd_deploy.processes import Processes
+from bertemd_deploy.training_state import (
+    ExtraState,
+    NoState,
+    Progress,
+    append_log,
+    load_best,
+    resume,
+    save_best,
+    save_checkpoint,
+    trim_log,
+)
 
 _NO_DECAY = ("bias", "LayerNorm.weight")
-_STEP_SEED = 1_000_003  # a prime, so that (seed, step) pairs seldom share a dropout pattern
+_ESTIMATE_AFTER = 20  # steps
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; names as in `config.DistillSettings`. `bfloat16` is for matrix products only."""
+    """How long and how fast to train; names as in `config.DistillSettings`.
+
+    `max_minutes` stops this call after a step, with a checkpoint; None never does.
+    """
 
     epochs: int
     batch_size: int
@@ -49,47 +62,30 @@ class Schedule:
     max_grad_norm: float = 1.0
     logging_steps: int = 10
     checkpoint_seconds: float = 60.0
-    bfloat16: bool = False
+    micro_batch_size: int | None = None
+    max_minutes: float | None = None
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step function returns: the loss to minimise, and what to log of it."""
+class Outcome:
+    """What an objective returns of a batch after its backward pass.
+
+    Attributes:
+        loss: () this process's share of the batch's loss, without gradient; the shares of all processes add up to it.
+        parts: what the loss is made of, shares likewise.
+        log: what else to log, the same on every process.
+    """
 
     loss: Tensor
+    parts: dict[str, Tensor]
     log: Callable[[], dict[str, Any]]
 
 
-class ExtraState(Protocol):
-    """State beside weights that a run carries from step to step, such as marginals."""
+class Objective(Protocol):
+    """Computes a batch's loss and leaves this process's share of its gradients in the parameters."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Return it as named tensors."""
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take it back."""
-
-
-class NoState:
-    """No extra state."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing."""
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take nothing."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands: finished steps, the metrics of every finished epoch, and the best epoch so far (from 1)."""
-
-    step: int = 0
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    def __call__(self, batch: Batch) -> Outcome:
+        """Run forward and backward passes over the batch's parts."""
 
 
 def fit(
@@ -98,13 +94,14 @@ def fit(
     schedule: Schedule,
     data: DataSlice,
     pad_id: int,
-    step: Callable[[dict[str, Tensor], Tensor], Step],
+    objective: Objective,
     evaluate: Callable[[], Mapping[str, float]],
     metric: str,
     checkpoints: Path,
     log: Path,
     name: str,
     extra_state: ExtraState | None = None,
+    processes: Processes | None = None,
 ) -> Progress:
     """Train `model` and leave it with the weights of its best epoch.
 
@@ -113,113 +110,230 @@ def fit(
         schedule: length, speed and seed.
         data: training examples.
         pad_id: token id of padding.
-        step: (inputs, labels) to a `Step`; called with `model` in train mode.
-        evaluate: the dev metrics of the present weights, called after every epoch.
+        objective: called with every batch and `model` in train mode.
+        evaluate: the dev metrics of the present weights, called after every epoch, on every process.
         metric: key of `evaluate`'s result that chooses the best epoch; the earlier of equals wins.
         checkpoints: folder of this run's resumable state; a state found there is continued.
         log: JSON-lines file, one line each `schedule.logging_steps` and one each epoch.
         name: what the progress bar says.
         extra_state: carried in every checkpoint.
+        processes: that share every batch; None is this one alone.
 
     Raises:
-        TrainingError: the loss is not finite, or a checkpoint cannot be read.
+        TrainingError: the loss is not finite, a checkpoint cannot be read, memory is short, or another process died.
         ArtifactError: a checkpoint could not be written (full disk); the one before it is kept.
+        UnfinishedError: `schedule.max_minutes` are over; a checkpoint was written.
         KeyboardInterrupt: on SIGINT, after a checkpoint at the end of the step.
     """
-    extra = extra_state or NoState()
-    optimizer = _optimizer(model, schedule)
-    steps_per_epoch = math.ceil(len(data.labels) / schedule.batch_size)
-    total = steps_per_epoch * schedule.epochs
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    discard_partial(checkpoints)
-    done = _resume(checkpoints, model, optimizer, extra, name=name)
-    _trim_log(log, done)
-    labels = torch.from_numpy(data.labels)
-    saved = started = time.monotonic()
-    before = done.seconds
-    with _deferred_interrupt() as interrupted, progress(name, total) as bar:
+    processes = processes or Processes()
+    run = _Run(model, schedule, objective, extra_state or NoState(), checkpoints, log, name, metric, processes)
+    batching = Batching(
+        schedule.batch_size, schedule.micro_batch_size, schedule.seed, pad_id, processes, training_device()
+    )
+    steps_per_epoch = math.ceil(len(data) / schedule.batch_size)
+    run.total_steps = steps_per_epoch * schedule.epochs
+    run.total_tokens = int(data.examples.lengths.sum()) * schedule.epochs
+    run.continue_from_checkpoint()
+    done = run.done
+    with _deferred_interrupt() as interrupted, progress(name, run.total_steps) as bar:
         bar.advance(done.step)
         while len(done.epochs) < schedule.epochs:
-            epoch = len(done.epochs)
-            within = done.step - epoch * steps_per_epoch
-            batches = training_batches(
-                data.examples.lengths, batch_size=schedule.batch_size, seed=schedule.seed, epoch=epoch
-            )
-            for rows in batches[within:]:
-                inputs = to_tensors(data.examples.batch(rows, pad_id=pad_id))
-                rate = learning_rate(done.step, total=total, schedule=schedule)
-                result = _train_step(model, optimizer, step, inputs, labels[rows], rate, schedule, done.step)
-                tokens = int(inputs["attention_mask"].sum())
-                done.step += 1
-                done.tokens += tokens
-                done.seconds = before + time.monotonic() - started
-                bar.advance(tokens=tokens, detail=f"loss {result.loss.item():.4f}")
-                if done.step % schedule.logging_steps == 0 or done.step == 1:
-                    speed = {"learning_rate": rate, "tokens_per_s": round(done.tokens / done.seconds, 1)}
-                    line = {"step": done.step, "epoch": epoch + 1, "loss": result.loss.item()}
-                    _append_log(log, line | result.log() | speed)
-                if interrupted.is_set() or time.monotonic() - saved >= schedule.checkpoint_seconds:
-                    _save(checkpoints, model, optimizer, extra, done)
-                    saved = time.monotonic()
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
-            _finish_epoch(model, evaluate, metric, done, checkpoints, log)
-            _save(checkpoints, model, optimizer, extra, done)
-            saved = time.monotonic()
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-    _load_best(model, checkpoints / "best.safetensors")
+            skip = done.step - len(done.epochs) * steps_per_epoch
+            for batch in batching.epoch(data, len(done.epochs), skip=skip):
+                loss = run.step(batch, batching, data, interrupted)
+                bar.advance(tokens=batch.tokens, detail="" if loss is None else f"loss {loss:.4f}")
+                run.keep_or_stop()
+            run.finish_epoch(evaluate)
+            run.save()
+            run.stop_if_told(interrupted.is_set())
+    processes.wait()  # the best weights are on disk
+    load_best(checkpoints, model)
     model.eval()
     return done
 
 
-def _train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: Callable[[dict[str, Tensor], Tensor], Step],
-    inputs: dict[str, Tensor],
-    labels: Tensor,
-    rate: float,
-    schedule: Schedule,
-    number: int,
-) -> Step:
-    model.train()
-    torch.manual_seed(schedule.seed * _STEP_SEED + number)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bfloat16):
-        result = step(inputs, labels)
-    if not torch.isfinite(result.loss):
-        raise TrainingError(
-            f"step {number + 1}: the loss is {result.loss.item()}. Lower the learning rate (distill.learning_rate or "
-            "teacher.learning_rate), or look for broken weights in the model it started from."
+class _Run:
+    """One call of `fit`: the optimiser, where the run stands, and the clock."""
+
+    total_steps = 0
+    total_tokens = 0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        objective: Objective,
+        extra: ExtraState,
+        checkpoints: Path,
+        log: Path,
+        name: str,
+        metric: str,
+        processes: Processes,
+    ) -> None:
+        self.model, self.schedule, self.objective, self.extra = model, schedule, objective, extra
+        self.checkpoints, self.log, self.name, self.metric, self.processes = checkpoints, log, name, metric, processes
+        self.parameters = [value for value in model.parameters() if value.requires_grad]
+        self.optimizer = make_optimizer(model, schedule)
+        self.done = Progress()
+        self.told_to_stop = False
+        self.time_is_over = False
+
+    def continue_from_checkpoint(self) -> None:
+        if self.processes.main:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            discard_partial(self.checkpoints)
+        self.processes.wait()
+        self.done = resume(self.checkpoints, self.model, self.optimizer, self.extra, name=self.name)
+        if self.processes.main:
+            trim_log(self.log, self.done)
+        self.processes.wait()  # nobody reads what another is about to replace
+        self.saved = self.started = time.monotonic()
+        self.before = (self.done.step, self.done.tokens, self.done.seconds)
+
+    def step(self, batch: Batch, batching: Batching, data: DataSlice, interrupted: threading.Event) -> float | None:
+        """Do one update; return the loss where it was looked at (always on a CPU, at logging steps on a GPU)."""
+        done, schedule = self.done, self.schedule
+        rate = learning_rate(done.step, total=self.total_steps, schedule=schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            outcome = self.objective(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            message = str(error).strip().splitlines()[0][:120]
+            raise self._out_of_memory(batch, batching, data, message) from None
+        now = time.monotonic()
+        over = schedule.max_minutes is not None and now - self.started >= schedule.max_minutes * 60
+        flags = torch.tensor([float(interrupted.is_set()), float(over)], device=outcome.loss.device)
+        shares = torch.stack([outcome.loss, *outcome.parts.values()]).float()
+        totals = self._sum_gradients(torch.cat([flags, shares]))
+        if schedule.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.parameters, schedule.max_grad_norm, foreach=True)
+        done.step += 1
+        done.tokens += batch.tokens
+        done.seconds = self.before[2] + now - self.started
+        logs = done.step % schedule.logging_steps == 0 or done.step == 1
+        if not logs and totals.device.type != "cpu":  # looking would wait for the device
+            self.optimizer.step()
+            self.told_to_stop, self.time_is_over = interrupted.is_set(), over
+            return None
+        stop, time_over, loss, *parts = totals.tolist()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {done.step}: the loss is {loss}. Lower the learning rate (distill.learning_rate or "
+                "teacher.learning_rate), or look for broken weights in the model it started from."
+            )
+        self.optimizer.step()
+        self.told_to_stop, self.time_is_over = stop > 0, time_over > 0
+        if logs and self.processes.main:
+            losses = {"losses": dict(zip(outcome.parts, parts, strict=True))} if parts else {}
+            speed = {"learning_rate": rate, "tokens_per_s": round(done.tokens / max(done.seconds, 1e-9), 1)}
+            line = {"step": done.step, "epoch": len(done.epochs) + 1, "loss": loss}
+            append_log(self.log, line | losses | outcome.log() | speed)
+        if done.step - self.before[0] == _ESTIMATE_AFTER:
+            self._estimate()
+        return float(loss)
+
+    def _sum_gradients(self, tail: Tensor) -> Tensor:
+        """Add up every parameter's gradient and `tail` over the processes, in one exchange; return the summed tail."""
+        if self.processes.size == 1:
+            return tail
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = self.processes.sum(torch.cat([*(gradient.reshape(-1) for gradient in gradients), tail]))
+        at = 0
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            part = flat[at : at + gradient.numel()].view_as(gradient)
+            at += gradient.numel()
+            if parameter.grad is not None or part.any():  # a parameter that nobody used stays without a gradient
+                parameter.grad = part
+        return flat[at:]
+
+    def keep_or_stop(self) -> None:
+        """Write a checkpoint where one is due; stop where that was asked for."""
+        if not (self.told_to_stop or self.time_is_over):
+            if time.monotonic() - self.saved >= self.schedule.checkpoint_seconds:
+                self.save()
+            return
+        self.save()
+        self.stop_if_told(self.told_to_stop)
+
+    def stop_if_told(self, interrupted: bool) -> None:
+        if self.processes.sum(torch.tensor(float(interrupted), device=training_device())).item():
+            raise KeyboardInterrupt
+        if self.time_is_over:
+            raise UnfinishedError(
+                f"{self.name}: stopped after {self.schedule.max_minutes:g} minutes, as --max-minutes says, at step "
+                f"{self.done.step:,} of {self.total_steps:,}. The same command continues from here."
+            )
+
+    def finish_epoch(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
+        done, metric = self.done, self.metric
+        self.model.eval()
+        metrics = dict(evaluate())
+        done.epochs.append(metrics)
+        best = done.epochs[done.best_epoch - 1][metric] if done.best_epoch else -math.inf
+        if metrics[metric] > best:
+            done.best_epoch = len(done.epochs)
+        if self.processes.main:
+            if done.best_epoch == len(done.epochs):
+                save_best(self.checkpoints, self.model)
+            line = {"step": done.step, "epoch": len(done.epochs), "dev": metrics, "best_epoch": done.best_epoch}
+            append_log(self.log, line)
+        shown = " ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        note(f"epoch {len(done.epochs)}: dev {shown}{' (best so far)' if done.best_epoch == len(done.epochs) else ''}")
+
+    def save(self) -> None:
+        if self.processes.main:
+            save_checkpoint(self.checkpoints, self.model, self.optimizer, self.extra, self.done)
+        self.saved = time.monotonic()
+
+    def _estimate(self) -> None:
+        tokens = self.done.tokens - self.before[1]
+        speed = tokens / max(time.monotonic() - self.started, 1e-9)
+        minutes = (self.total_tokens - self.done.tokens) / speed / 60
+        left = f"{minutes:.0f} min" if minutes >= 2 else f"{minutes * 60:.0f} s"
+        note(f"{self.name}: about {left} left ({self.total_steps - self.done.step:,} steps, {speed:,.0f} tokens/s)")
+
+    def _out_of_memory(self, batch: Batch, batching: Batching, data: DataSlice, message: str) -> TrainingError:
+        """Return the error, with the largest part that was seen to fit where this process can try by itself."""
+        rows = [row for part in batch.parts for row in part.rows]
+        size = max(len(part.rows) for part in batch.parts)
+        where = (
+            f"step {batch.number + 1}: out of memory with {size} rows of up to {_longest(batch)} tokens at once "
+            f"({message}). "
         )
-    optimizer.zero_grad(set_to_none=True)
-    result.loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    if schedule.max_grad_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
-    optimizer.step()
-    return result
+        if self.processes.size > 1:
+            return TrainingError(f"{where}Set distill.micro_batch_size (or teacher.batch_size) to {max(1, size // 2)}.")
+        while size > 1:
+            size //= 2
+            self.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            smaller = replace(batching, micro_batch_size=size)
+            try:
+                self.objective(smaller.batch(data, torch.tensor(rows).numpy(), number=batch.number))
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                continue
+            return TrainingError(
+                f"{where}{size} rows at once were tried and fit: set distill.micro_batch_size to {size} for the same result "
+                f"(in fine-tuning, teacher.batch_size). The same command then continues."
+            )
+        return TrainingError(f"{where}Not even one row fits. Lower data.max_length, or use a machine with more memory.")
 
 
-def _finish_epoch(
-    model: nn.Module,
-    evaluate: Callable[[], Mapping[str, float]],
-    metric: str,
-    done: Progress,
-    checkpoints: Path,
-    log: Path,
-) -> None:
-    model.eval()
-    metrics = dict(evaluate())
-    done.epochs.append(metrics)
-    best = done.epochs[done.best_epoch - 1][metric] if done.best_epoch else -math.inf
-    if metrics[metric] > best:
-        done.best_epoch = len(done.epochs)
-        _write_tensors(checkpoints / "best.safetensors", dict(model.state_dict()))
-    _append_log(log, {"step": done.step, "epoch": len(done.epochs), "dev": metrics, "best_epoch": done.best_epoch})
-    shown = " ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-    note(f"epoch {len(done.epochs)}: dev {shown}{' (best so far)' if done.best_epoch == len(done.epochs) else ''}")
+def _longest(batch: Batch) -> int:
+    return max(part.inputs["input_ids"].shape[1] for part in batch.parts)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
 
 
 def learning_rate(step: int, *, total: int, schedule: Schedule) -> float:
@@ -230,23 +344,8 @@ def learning_rate(step: int, *, total: int, schedule: Schedule) -> float:
     return schedule.learning_rate * (total - step) / max(1, total - warmup)
 
 
-def to_tensors(inputs: Mapping[str, NDArray[np.int64]]) -> dict[str, Tensor]:
-    """Return a batch's arrays as tensors sharing their memory."""
-    return {name: torch.from_numpy(value) for name, value in inputs.items()}
-
-
-def torch_logits(model: nn.Module, examples: Encoded, *, pad_id: int, batch_size: int = 64) -> NDArray[np.float32]:
-    """Return (n, outputs) float32 logits of all `examples`, in their order, run in batches of like length."""
-    logits = np.empty((len(examples), int(model.config.num_labels)), dtype=np.float32)  # type: ignore[union-attr, arg-type]
-    with torch.inference_mode(), progress("evaluate", len(examples)) as bar:
-        for rows in length_batches(examples.lengths, batch_size=batch_size):
-            inputs = to_tensors(examples.batch(rows, pad_id=pad_id))
-            logits[rows] = model(**inputs).logits.float().numpy()
-            bar.advance(len(rows), tokens=int(inputs["attention_mask"].sum()))
-    return logits
-
-
-def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """Return AdamW in one fused kernel; weight decay spares biases and LayerNorm."""
     named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     plain = [value for name, value in named if name.endswith(_NO_DECAY)]
     decayed = [value for name, value in named if not name.endswith(_NO_DECAY)]
@@ -254,99 +353,7 @@ def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
 
 
-def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: ExtraState, done: Progress) -> None:
-    """Write one checkpoint, then remove the ones before it."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for name, value in model.named_parameters():
-        tensors |= {f"optimizer.{key}.{name}": item for key, item in optimizer.state.get(value, {}).items()}
-    tensors |= {
-        f"extra.{name}": value.clone() for name, value in extra.state().items()
-    }  # may share memory, a file may not
-    path = folder / f"step-{done.step:08d}.safetensors"
-    _write_tensors(path, tensors, metadata={"progress": json.dumps(vars(done))})
-    for old in folder.glob("step-*.safetensors"):
-        if old != path:
-            old.unlink()
-
-
-def _resume(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: ExtraState, *, name: str
-) -> Progress:
-    """Load the newest checkpoint of `folder` into everything given; an empty folder starts from nothing."""
-    from safetensors import SafetensorError, safe_open
-
-    found = sorted(folder.glob("step-*.safetensors"))
-    if not found:
-        return Progress()
-    try:
-        with safe_open(found[-1], framework="pt") as stored:
-            done = Progress(**json.loads(stored.metadata()["progress"]))
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - no mapping
-        model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
-        for parameter_name, value in model.named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if any(f"optimizer.{key}.{parameter_name}" in tensors for key in keys):  # no gradient, no state
-                optimizer.state[value] = {key: tensors[f"optimizer.{key}.{parameter_name}"] for key in keys}
-        extra.load_state({key[6:]: value for key, value in tensors.items() if key.startswith("extra.")})
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        raise _damaged(found[-1], error) from error
-    note(f"{name}: continuing after step {done.step:,} ({found[-1].name})")
-    return done
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with new_file(path) as partial:
-        try:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata=metadata)
-        except SafetensorError as error:  # how the Rust side reports a full disk
-            raise OSError(str(error)) from error
-
-
-def _load_best(model: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> TrainingError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-    return TrainingError(f"{path}: the checkpoint cannot be continued ({reason}). Add --force to start over.")
-
-
-def _append_log(path: Path, line: Mapping[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
-def _trim_log(path: Path, done: Progress) -> None:
-    """Keep a log's lines up to where `done` stands: what a killed run logged after its last checkpoint is done again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-            again = entry["epoch"] > len(done.epochs) if "dev" in entry else entry["step"] > done.step
-            if not again:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            break  # the line being written when the process was killed
-    with new_file(path) as partial:
-        partial.write_text("".join(kept), encoding="utf-8")
-
-
-@contextmanager
+@contextlib.contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
     """Turn the first SIGINT into an event that the loop sees between steps; a second one ends the process at once."""
     event = threading.Event()

@@ -76,6 +76,7 @@ def tiny_bert(tmp_path: Path) -> Callable[..., Path]:
         labels: tuple[str, ...] = ("0", "1"),
         head: bool = True,
         seed: int = 0,
+        dropout: float = 0.1,
     ) -> Path:
         import torch
         from transformers import BertConfig, BertForSequenceClassification, BertModel
@@ -89,6 +90,8 @@ def tiny_bert(tmp_path: Path) -> Callable[..., Path]:
             max_position_embeddings=positions,
             num_labels=len(labels) or 1,
             initializer_range=0.2,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
         )
         config.id2label = dict(enumerate(labels)) or {0: "LABEL_0"}
         config.label2id = {label: number for number, label in config.id2label.items()}
@@ -179,7 +182,7 @@ def tiny_task(tiny_bert: Callable[..., Path], tiny_data: Callable[..., Path]) ->
         from transformers import BertForSequenceClassification
 
         from bertemd_deploy.encoding import TextEncoder
-        from bertemd_deploy.training import torch_logits
+        from bertemd_deploy.evaluate import torch_logits
 
         regression = kind == "regression"
         teacher = tiny_bert(name, labels=() if regression else ("no", "yes"), **({"layers": 4} | sizes))

@@ -2,20 +2,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+from bertemd_deploy.answers import Answers
 from bertemd_deploy.artifact import GRAPHS, Artifact, DataSlice, read_slices, write_slices
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import ArtifactError
 from bertemd_deploy.files import sha256_file
+from bertemd_deploy.tasks import Kind
 
 PART = DataSlice(
     Encoded(np.array([2, 7, 3, 2, 3], dtype=np.int32), np.zeros(5, dtype=np.int8), np.array([0, 3, 5])),
     np.array([1, 0]),
 )
+GOLD = Answers(np.array([0, 0], np.int32), np.full((5, 2), -1, np.int32), ("Straße 1",), (("Straße", "1"),), ("first",))
+KINDS = {
+    "classification": PART,
+    "regression": DataSlice(PART.examples, np.array([0.5, 2.0], dtype=np.float32), "regression"),
+    "multilabel": DataSlice(PART.examples, np.array([[1, 0, 1], [0, 0, 0]], dtype=np.float32), "multilabel"),
+    "token-classification": DataSlice(PART.examples, np.array([-100, 3, 4, 5, -100]), "token-classification"),
+    "question-answering": DataSlice(PART.examples, np.array([[1, 2], [0, 0]]), "question-answering", GOLD),
+}
 
 
 @pytest.fixture
@@ -138,16 +148,98 @@ def test_artifact_without_graphs(folder: Path, name):
         Artifact.load(folder).graph(name)
 
 
-def test_slices_round_trip(tmp_path: Path):
-    regression = DataSlice(PART.examples, np.array([0.5, 2.0], dtype=np.float32))
-    write_slices(tmp_path / "eval.npz", {"evaluation": PART, "calibration": regression})
+def test_there_is_a_slice_of_every_kind():
+    assert set(KINDS) == set(get_args(Kind))
+    assert all(part.fault() is None and len(part) == 2 for part in KINDS.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_round_trip(tmp_path: Path, kind):
+    write_slices(tmp_path / "eval.npz", {"evaluation": PART, "calibration": KINDS[kind]})
     stored = read_slices(tmp_path / "eval.npz")
     assert list(stored) == ["evaluation", "calibration"]
-    for name, part in (("evaluation", PART), ("calibration", regression)):
+    for name, part in (("evaluation", PART), ("calibration", KINDS[kind])):
         for field in ("tokens", "types", "offsets"):
             expected = getattr(part.examples, field)
             np.testing.assert_array_equal(getattr(stored[name].examples, field), expected, strict=True)
         np.testing.assert_array_equal(stored[name].labels, part.labels, strict=True)
+        assert stored[name].kind == part.kind
+        found = stored[name].gold
+        assert (found is None) == (part.gold is None)
+        if found is not None:
+            assert (found.contexts, found.accepted, found.ids) == (GOLD.contexts, GOLD.accepted, GOLD.ids)
+            np.testing.assert_array_equal(found.spans, GOLD.spans, strict=True)
+            np.testing.assert_array_equal(found.example, GOLD.example, strict=True)
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_slices_of_an_older_version_name_no_kind(tmp_path: Path, kind):
+    write_slices(tmp_path / "new.npz", {"evaluation": KINDS[kind]})
+    with np.load(tmp_path / "new.npz") as stored:
+        np.savez(tmp_path / "old.npz", **{key: stored[key] for key in stored.files if not key.endswith("_kind")})
+    assert read_slices(tmp_path / "old.npz")["evaluation"].kind == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_select_takes_rows_in_the_given_order(kind):
+    turned = KINDS[kind].select([1, 0])
+    assert turned.examples.tokens.tolist() == [2, 3, 2, 7, 3]
+    assert turned.kind == kind
+    assert turned.fault() is None
+    expected = KINDS[kind].labels[[3, 4, 0, 1, 2]] if kind == "token-classification" else KINDS[kind].labels[::-1]
+    np.testing.assert_array_equal(turned.labels, expected, strict=True)
+    assert len(KINDS[kind].select([])) == 0
+    one = KINDS[kind].select(np.array([1]))
+    assert (len(one), one.fault()) == (1, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_has_the_labels_of_its_rows(kind):
+    inputs, labels = KINDS[kind].batch([1, 0], pad_id=9)
+    assert inputs["input_ids"].tolist() == [[2, 3, 9], [2, 7, 3]]
+    if kind == "token-classification":
+        assert labels.tolist() == [[5, -100, -100], [-100, 3, 4]]
+        assert labels.dtype == np.int64
+    else:
+        np.testing.assert_array_equal(labels, KINDS[kind].labels[[1, 0]], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            DataSlice(PART.examples, PART.labels.astype(np.float32)),
+            "labels of float32 with 1 dimension.s., unlike classif",
+        ),
+        (DataSlice(PART.examples, PART.labels, "multilabel"), "labels of int64 with 1 dimension.s., unlike multilabel"),
+        (DataSlice(PART.examples, PART.labels, "token-classification"), "arrays of unequal length"),
+        (DataSlice(PART.examples, np.zeros((2, 2), np.int64), "question-answering"), "no answers"),
+        (
+            DataSlice(
+                PART.examples, np.zeros((2, 2), np.int64), "question-answering", GOLD.select([0], offsets=[0, 3])
+            ),
+            "answers for other rows",
+        ),
+        (DataSlice(Encoded(*[PART.examples.tokens] * 2, np.array([1, 5])), PART.labels[:1]), "row starts that do not"),
+    ],
+)
+def test_slices_that_do_not_fit_together(tmp_path: Path, part, message):
+    write_slices(tmp_path / "eval.npz", {"evaluation": part})
+    with pytest.raises(ArtifactError, match=f"slice 'evaluation' has {message}.*Export again"):
+        read_slices(tmp_path / "eval.npz")
+
+
+@pytest.mark.parametrize(("key", "value"), [("kind", b"poetry"), ("gold_text", b"{]"), ("gold_text", None)])
+def test_slices_of_no_known_kind_or_with_damaged_answers(tmp_path: Path, key, value):
+    write_slices(tmp_path / "whole.npz", {"evaluation": KINDS["question-answering"]})
+    with np.load(tmp_path / "whole.npz") as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    del arrays[f"evaluation_{key}"]
+    if value is not None:
+        arrays[f"evaluation_{key}"] = np.frombuffer(value, dtype=np.uint8)
+    np.savez(tmp_path / "eval.npz", **arrays)
+    with pytest.raises(ArtifactError, match=r"not a readable data slice \(.*Export again"):
+        read_slices(tmp_path / "eval.npz")
 
 
 def test_slice_that_is_not_there(folder: Path):

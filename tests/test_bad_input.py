@@ -256,11 +256,11 @@ def test_a_full_disk_keeps_what_was_there(
     teacher, data = tiny_task()
     assert distill(teacher, data, tmp_path / "whole").exit_code == 0
     out = small_disk / "student"
-    step, save, numbers = training._train_step, module.save_model, []
+    step, save, numbers = training._Run.step, module.save_model, []
 
     def full_at_step_five(*args: Any) -> Any:
-        numbers.append(args[-1])
-        if moment == "training" and args[-1] == 4:
+        numbers.append(args[1].number)
+        if moment == "training" and args[1].number == 4:
             fill(small_disk)
         return step(*args)
 
@@ -269,7 +269,7 @@ def test_a_full_disk_keeps_what_was_there(
         save(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_train_step", full_at_step_five)
+        patch.setattr(training._Run, "step", full_at_step_five)
         if moment == "final save":
             patch.setattr(module, "save_model", full_at_the_save)
         told = refused(distill(teacher, data, out))
@@ -283,7 +283,7 @@ def test_a_full_disk_keeps_what_was_there(
     assert not list(small_disk.rglob(".partial-*"))
     (small_disk / "ballast").unlink()
     numbers.clear()
-    monkeypatch.setattr(training, "_train_step", full_at_step_five)
+    monkeypatch.setattr(training._Run, "step", full_at_step_five)
     monkeypatch.setattr(f"{__name__}.fill", lambda _disk: None)
     assert distill(teacher, data, out).exit_code == 0
     assert numbers == (list(range(4, 12)) if moment == "training" else [])

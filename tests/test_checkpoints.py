@@ -9,10 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_family import CASES, write_family
 
 from bertemd_deploy.checkpoints import check_folder, checked_encoder, find_model, has_head, label_order
 from bertemd_deploy.errors import ModelError
+from bertemd_deploy.families import FAMILIES
 from bertemd_deploy.files import sha256_file
+from bertemd_deploy.tasks import Kind
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -47,8 +52,12 @@ def test_a_folder_without_config_is_refused(tiny_bert: Callable[..., Path]) -> N
     ("content", "message"),
     [
         ("{", r"config\.json: not readable as JSON"),
-        ("[]", r"config\.json: model_type is None; supported: bert"),
-        ('{"model_type": "gpt2"}', r"config\.json: model_type is 'gpt2'; supported: bert"),
+        ("[]", r"config\.json: not readable as a JSON object \(it holds a list\)"),
+        ("{}", r"config\.json: model_type is None; supported: bert"),
+        (
+            '{"model_type": "gpt2"}',
+            r"config\.json: model_type is 'gpt2'; supported: bert, roberta, electra, mpnet, dis",
+        ),
     ],
 )
 def test_a_config_that_is_not_a_bert_s_is_refused(tiny_bert: Callable[..., Path], content: str, message: str) -> None:
@@ -103,6 +112,22 @@ def test_a_hub_id_without_network_points_to_a_folder() -> None:
     assert "Without a network, download the model elsewhere and name its folder instead" in str(raised.value)
 
 
+def test_a_misspelt_folder_is_said_to_be_absent_before_the_hub_is_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sst2-teacher").mkdir(parents=True)
+    with pytest.raises(ModelError) as raised:
+        find_model("models/sst2-teechr")
+    assert str(raised.value).startswith(
+        "models/sst2-teechr: no such folder here: models/ has no sst2-teechr (it holds sst2-teacher). "
+        "Taken for a hub id, it could not be fetched from the model hub ("
+    )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty/ has no model \(it holds no folders\)"):
+        find_model("empty/model")
+
+
 def test_a_hub_id_becomes_the_downloaded_folder(
     tiny_bert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +157,81 @@ def test_has_head_tells_a_classifier_from_an_encoder(tiny_bert: Callable[..., Pa
     assert not has_head(tiny_bert("encoder", head=False))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_has_head_knows_the_heads_of_every_family_and_kind(family: str, tmp_path: Path) -> None:
+    kinds: tuple[Kind, ...] = ("classification", "token-classification", "question-answering")
+    for kind in kinds:
+        folder = write_family(tmp_path / kind, family, kind=kind, **CASES[family])
+        assert [has_head(folder, kind=other) for other in kinds] == [kind == other for other in kinds]
+        assert has_head(folder, kind="multilabel") is has_head(folder)
+        edit_config(folder, architectures=None)  # an old file: by the weights' names alone
+        assert has_head(folder, kind=kind)
+        weights = folder / "model.safetensors"
+        prefix = f"{FAMILIES[family].prefix}."
+        save_file({name: value for name, value in load_file(weights).items() if name.startswith(prefix)}, weights)
+        assert not has_head(folder, kind=kind)
+
+
+def test_half_a_head_is_none(tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "model", "roberta")
+    weights = folder / "model.safetensors"
+    save_file({name: v for name, v in load_file(weights).items() if name != "classifier.dense.weight"}, weights)
+    with pytest.raises(ModelError, match=r"no classification head \(classifier\.dense\.weight missing\)"):
+        label_order(folder, ("no", "yes"))
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_config_without_model_type_is_a_bert_s_by_its_weights(
+    tiny_bert: Callable[..., Path], capsys: pytest.CaptureFixture[str], bare: bool
+) -> None:
+    folder = tiny_bert(head=not bare)
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert find_model(str(folder)) == folder
+    told = f"{folder}: config.json names no model_type; its weights have BERT's names, so it is read as a bert"
+    assert capsys.readouterr().err.strip() == told
+    assert check_folder(folder)["model_type"] == "bert"
+    assert has_head(folder) is not bare
+    assert capsys.readouterr().err == ""
+    edit_config(folder, type_vocab_size=1)  # as RoBERTa has it, whose bare weights have the same names
+    if bare:
+        with pytest.raises(ModelError, match="model_type is None; supported"):
+            check_folder(folder)
+    save_file({"layers.0.weight": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="model_type is None; supported"):
+        find_model(str(folder))
+
+
+def test_a_model_type_that_is_named_is_not_guessed(tiny_bert: Callable[..., Path]) -> None:
+    folder = tiny_bert()
+    edit_config(folder, model_type=None)
+    with pytest.raises(ModelError, match="model_type is None; supported"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("mpnet", 38), ("roberta", 38), ("electra", 40), ("deberta-v2", 40)])
+def test_checked_encoder_counts_the_positions_that_tokens_read(family: str, tokens: int, tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "model", family, **CASES[family])
+    encoder = checked_encoder(folder, max_length=tokens)
+    assert encoder.max_length == tokens
+    assert encoder.pad_id == json.loads((folder / "config.json").read_text())["pad_token_id"]
+    with pytest.raises(ModelError, match=rf"data\.max_length is {tokens + 1}, the model has {tokens} positions"):
+        checked_encoder(folder, max_length=tokens + 1)
+
+
+def test_padding_is_the_token_that_the_model_s_config_names(tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "model", "mpnet")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["[PAD]"] = vocabulary.pop("dull")  # the vocabulary of the published model has both
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert checked_encoder(folder, max_length=8).pad_id == 1
+    edit_config(folder, pad_token_id=1000)  # no token
+    assert checked_encoder(folder, max_length=8).pad_id in (1, vocabulary["[PAD]"])
+
+
 def test_checked_encoder_refuses_lengths_and_ids_beyond_the_model(tiny_bert: Callable[..., Path]) -> None:
     folder = tiny_bert()
     assert checked_encoder(folder, max_length=64).max_length == 64
@@ -149,6 +249,17 @@ def test_checked_encoder_refuses_lengths_and_ids_beyond_the_model(tiny_bert: Cal
 def test_label_order_matches_by_name_whatever_the_case(tiny_bert: Callable[..., Path]) -> None:
     folder = tiny_bert(labels=("Neutral", "CONTRADICTION", "entailment"))
     assert label_order(folder, ("entailment", "neutral", "contradiction")) == [2, 0, 1]
+
+
+def test_label_order_of_tags_and_of_answers(tmp_path: Path) -> None:
+    tags = write_family(tmp_path / "tags", "electra", kind="token-classification", labels=("B-PER", "O"))
+    assert label_order(tags, ("O", "b-per"), kind="token-classification") == [1, 0]
+    answers = write_family(tmp_path / "answers", "mpnet", kind="question-answering", labels=())
+    assert label_order(answers, (), kind="question-answering") == [0, 1]
+    with pytest.raises(
+        ModelError, match=r"no question-answering head \(qa_outputs\.bias, qa_outputs\.weight missing\)"
+    ):
+        label_order(tags, (), kind="question-answering")
 
 
 def test_label_order_of_placeholders_is_the_data_s_and_is_said(
@@ -184,8 +295,6 @@ def test_truncated_weights_are_one_message(tiny_bert: Callable[..., Path]) -> No
 
 
 def test_an_encoder_without_a_head_is_told_so_before_its_labels_are_counted(tiny_bert: Callable[..., Path]) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = tiny_bert()
     weights = folder / "model.safetensors"
     save_file({name: value for name, value in load_file(weights).items() if "classifier" not in name}, weights)

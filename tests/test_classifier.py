@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import bertemd_deploy
+from bertemd_deploy import predictions
 from bertemd_deploy.classifier import Classifier, Prediction, evaluate_artifact
+from bertemd_deploy.cli import app
 from bertemd_deploy.config import DataSettings
 from bertemd_deploy.errors import ArtifactError, DataError, ModelError
 from bertemd_deploy.files import sha256_file
@@ -71,6 +74,7 @@ def build(tmp_path: Path, tiny_tokenizer) -> Callable[..., Path]:
         second: float = 0.0,
         graphs: tuple[str, ...] = ("model", "model_quantized"),
         value: float = 1.0,
+        kind: str | None = None,
     ) -> Path:
         folder = tmp_path / "artifact"
         tiny_tokenizer(folder)
@@ -78,8 +82,8 @@ def build(tmp_path: Path, tiny_tokenizer) -> Callable[..., Path]:
         for name in graphs:
             sizes = {"outputs": outputs or len(labels) or 1, "second": second, "value": value}
             write_graph(folder / "onnx" / f"{name}.onnx", vocabulary=vocabulary, **sizes)
-        kind = "classification" if labels else "regression"
-        metrics = ["accuracy"] if labels else ["pearson", "spearman"]
+        kind = kind or ("classification" if labels else "regression")
+        metrics = ["f1_micro"] if kind == "multilabel" else ["accuracy"] if labels else ["pearson", "spearman"]
         manifest = {
             "schema_version": 1,
             "task": {"name": task, "kind": kind, "metrics": metrics},
@@ -87,6 +91,56 @@ def build(tmp_path: Path, tiny_tokenizer) -> Callable[..., Path]:
             "max_length": 24,
         }
         write_manifest(folder, manifest)
+        return folder
+
+    return artifact
+
+
+def write_lookup(path: Path, tables: dict[str, np.ndarray]) -> None:
+    """Write a graph that looks every token up by itself: each output is its table's (vocabulary, …) rows."""
+    helper, numpy_helper, kinds = onnx.helper, onnx.numpy_helper, onnx.TensorProto
+    graph = helper.make_graph(
+        [helper.make_node("Gather", [f"{name}_table", "input_ids"], [name]) for name in tables],
+        "lookup",
+        [helper.make_tensor_value_info("input_ids", kinds.INT64, ["batch", "sequence"])],
+        [
+            helper.make_tensor_value_info(name, kinds.FLOAT, ["batch", "sequence", *table.shape[1:]])
+            for name, table in tables.items()
+        ],
+        [numpy_helper.from_array(table.astype(np.float32), f"{name}_table") for name, table in tables.items()],
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+
+
+@pytest.fixture
+def lookup(tmp_path: Path, tiny_tokenizer) -> Callable[..., Path]:
+    """Return a factory of artifacts that decide by single words.
+
+    For tags: "good" is B-PER, "fine" is I-PER, "bad" B-LOC, all else O, each with a logit of 2. For answers: "fine" starts
+    and "today" ends one, with logits of 3; [CLS] has `null` for each.
+    """
+
+    def artifact(kind: str, *, labels: tuple[str, ...] = (), null: float = 0.0, **task: Any) -> Path:
+        folder = tmp_path / "artifact"
+        tiny_tokenizer(folder)
+        words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+        if kind == "token-classification":
+            labels = labels or ("O", "B-PER", "I-PER", "B-LOC")
+            table = np.zeros((len(words), len(labels)))
+            table[:, 0] = 2
+            for at, word in enumerate(("good", "fine", "bad"), 1):
+                table[words[word], [0, at]] = 0, 2
+            tables = {"logits": table}
+        else:
+            start, end = np.zeros(len(words)), np.zeros(len(words))
+            start[words["fine"]] = end[words["today"]] = 3
+            start[words["[CLS]"]] = end[words["[CLS]"]] = null
+            tables = {"start_logits": start, "end_logits": end}
+        write_lookup(folder / "onnx" / "model.onnx", tables)
+        metrics = ["entity_f1"] if kind == "token-classification" else ["f1_squad", "exact_match"]
+        task = {"name": kind, "kind": kind, "metrics": metrics} | task
+        write_manifest(folder, {"schema_version": 1, "task": task, "labels": list(labels), "max_length": 12})
         return folder
 
     return artifact
@@ -116,6 +170,7 @@ def test_labels_and_probabilities(build):
 def test_package_offers_the_classifier(build):
     assert bertemd_deploy.Classifier is Classifier
     assert bertemd_deploy.Prediction is Prediction
+    assert {bertemd_deploy.Answer, bertemd_deploy.Entity} == {predictions.Answer, predictions.Entity}
     with pytest.raises(AttributeError, match="has no attribute 'Klassifier'"):
         _ = bertemd_deploy.Klassifier
 
@@ -158,6 +213,104 @@ def test_regression(build):
         Prediction(None, -1.0, {}),
         Prediction(None, 0.0, {}),
     ]
+
+
+def test_several_labels(build):
+    classifier = Classifier.load(build(labels=("sad", "odd", "gay"), kind="multilabel"), threads=1)
+    both, none = classifier.predict(["good bad good", "film"])
+    one, two = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))
+    assert (both.label, both.labels) == ("gay", ("gay", "sad"))
+    assert both.scores == pytest.approx({"sad": one, "odd": 0.5, "gay": two})
+    assert both.score == pytest.approx(two)
+    assert (none.label, none.labels, none.score) == (None, (), 0.5)
+    assert classifier.record(both)["labels"] == ("gay", "sad")
+
+
+def test_entities_with_their_places(lookup):
+    classifier = Classifier.load(lookup("token-classification"), threads=1)
+    text = "  Good fine, the  bad-film; fine"
+    (found, nothing, empty) = classifier.predict([text, "the film", ""])
+    sure = math.exp(2) / (math.exp(2) + 3)
+    wanted = [("PER", "Good fine", 2, 11), ("LOC", "bad", 18, 21), ("PER", "fine", 28, 32)]
+    assert [(entity.label, entity.text, entity.start, entity.end) for entity in found.entities] == wanted
+    assert [entity.score for entity in found.entities] == pytest.approx([sure] * 3)
+    assert all(text[entity.start : entity.end] == entity.text for entity in found.entities)
+    assert (found.label, found.score, found.scores) == (None, pytest.approx(sure), {})
+    assert (nothing.entities, empty.entities, empty.score) == ((), (), 1.0)
+    assert classifier.record(nothing).keys() == {"entities", "score"}
+
+
+def test_entities_of_a_text_that_is_far_too_long(lookup):
+    """99 words and a window of 10: each is tagged, and an entity that a window ends in stays whole."""
+    words = ["film"] * 99
+    for at in (5, 30, 31, 60, 97):
+        words[at] = "good"
+    for at in (6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 61, 98):
+        words[at] = "fine"
+    words[40] = "\x01"  # has no token
+    (found,) = Classifier.load(lookup("token-classification"), threads=1).predict([" ".join(words)])
+    wanted = ["good" + " fine" * 10, "good", "good", "good fine", "good fine"]
+    assert [entity.text for entity in found.entities] == wanted
+
+
+def test_tags_that_name_no_entities_are_given_by_word(lookup):
+    (found,) = Classifier.load(lookup("token-classification", labels=("NOUN", "ADJ", "ADV", "X")), threads=1).predict(
+        ["good film"]
+    )
+    assert [(entity.label, entity.text) for entity in found.entities] == [("ADJ", "good"), ("NOUN", "film")]
+
+
+def test_answers_in_their_context(lookup):
+    classifier = Classifier.load(lookup("question-answering"), threads=1)
+    contexts = ["We saw fine film Today.", "a film"]
+    first, second = classifier.predict(["was it good?", "was it?"], contexts)
+    assert first.answer is not None
+    assert (first.answer.text, first.answer.start, first.answer.end) == ("fine film Today", 7, 22)
+    # Twelve tokens: [CLS], four of the question, [SEP], the first five of the context, [SEP]; and the last five.
+    assert first.score == first.answer.score
+    assert 0 < first.score < 1
+    assert second.answer is not None  # none is not allowed: the best of equals
+    assert classifier.record(second).keys() == {"answer", "score"}
+
+
+def test_an_answers_probability_is_over_all_tokens(lookup):
+    (found,) = Classifier.load(lookup("question-answering"), threads=1).predict(["was it"], ["a fine film today"])
+    likely = math.exp(3) / (math.exp(3) + 8)  # nine tokens, one with a logit of 3, eight with 0
+    assert found.score == pytest.approx(likely**2)
+
+
+def test_an_answer_far_in_a_long_context(lookup):
+    context = "the film was sad . " * 20 + "fine song today" + " . it was dull" * 5
+    (found,) = Classifier.load(lookup("question-answering", doc_stride=3), threads=1).predict(
+        ["was it good"], [context]
+    )
+    assert found.answer is not None
+    assert (found.answer.text, found.answer.start) == ("fine song today", context.index("fine"))
+
+
+def test_no_answer_where_the_task_has_such(lookup):
+    for allowed in (True, False):
+        classifier = Classifier.load(lookup("question-answering", null=2.0, no_answer=allowed), threads=1)
+        nothing, found = classifier.predict(["was it", "was it"], ["a film today", "a fine film today"])
+        assert (nothing.answer is None) is allowed
+        assert found.answer is not None
+
+
+def test_question_answering_wants_contexts_and_tagging_does_not(lookup):
+    with pytest.raises(DataError, match=r"needs a context beside every question: predict\(questions, contexts\)"):
+        Classifier.load(lookup("question-answering"), threads=1).predict(["was it?"])
+    with pytest.raises(DataError, match="takes one text at a time, not pairs"):
+        Classifier.load(lookup("token-classification"), threads=1).predict(["a"], ["b"])
+    with pytest.raises(DataError, match="question 0: it fills 15 of 12 tokens and leaves no room"):
+        Classifier.load(lookup("question-answering"), threads=1).predict(["was it " * 6], ["film"])
+
+
+def test_a_kind_of_a_later_version(lookup):
+    folder = lookup("parsing")
+    with pytest.raises(
+        ArtifactError, match=r"bertemd.json: task.kind is 'parsing'; this bertemd knows classification, .*Update"
+    ):
+        Classifier.load(folder)
 
 
 def test_nothing_in_nothing_out(build):
@@ -278,6 +431,57 @@ def test_evaluate_regression(build, tmp_path: Path):
     path = data_folder(tmp_path, "sentence\tlabel", "good good\t5", "bad\t1", "film\t3")
     record = evaluate_artifact(build(labels=(), task="regression"), settings=DataSettings(path=path))
     assert record["metrics"]["spearman"] == pytest.approx(1.0)
+
+
+def test_evaluate_tags_and_answers(lookup, tmp_path: Path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [
+        {"tokens": ["the", "good", "fine", "film"], "tags": ["O", "B-PER", "I-PER", "O"]},
+        {"tokens": ["bad", "film"], "tags": ["O", "B-LOC"]},  # found elsewhere
+    ]
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = evaluate_artifact(lookup("token-classification"), settings=DataSettings(path=str(folder)))
+    assert record == {
+        "metrics": {"entity_f1": 0.5},
+        "rows": 2,
+        "backend": "onnxruntime fp32",
+        "task": "token-classification",
+    }
+    contexts = ["a fine film today", "the film was sad . " * 5 + "we saw fine song today"]
+    found = ["fine film today", "song today"]
+    asked = [
+        {"question": "was it", "context": context, "answers": {"text": [text], "answer_start": [context.index(text)]}}
+        for context, text in zip(contexts, found, strict=True)
+    ]
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    record = evaluate_artifact(lookup("question-answering"), settings=DataSettings(path=str(folder)))
+    assert (record["rows"], record["metrics"]) == (2, pytest.approx({"exact_match": 0.5, "f1_squad": 0.9}))
+
+
+def test_evaluate_several_labels(build, tmp_path: Path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"sentence": "good", "labels": ["gay"]}, {"sentence": "bad good", "labels": ["gay"]}]
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    artifact = build(labels=("sad", "odd", "gay"), kind="multilabel", task="multilabel")
+    record = evaluate_artifact(artifact, settings=DataSettings(path=str(folder)))
+    assert record["metrics"]["f1_micro"] == pytest.approx(4 / 5)
+
+
+def test_the_command_prints_what_was_found(lookup):
+    folder = str(lookup("question-answering", no_answer=True, null=2.0))
+    pair = "was it\ta fine film today"
+    answer = CliRunner().invoke(app, ["predict", folder, "--pair", pair, "was it\ta film"])
+    first, second = answer.stdout.splitlines()
+    assert first.split("\t")[0] == "fine film today"
+    assert second.split("\t")[0] == "-"
+    answer = CliRunner().invoke(app, ["predict", folder, "--pair", "--json", pair])
+    assert json.loads(answer.stdout)["answer"]["start"] == 2
+    answer = CliRunner().invoke(app, ["predict", folder, "was it"])
+    assert (answer.exit_code, "needs a context beside every question" in answer.stderr) == (3, True)
+    answer = CliRunner().invoke(app, ["predict", str(lookup("token-classification")), "a good fine film"])
+    assert answer.stdout.startswith("PER good fine\t0.7")
 
 
 def test_evaluate_data_of_another_kind(build, tmp_path: Path):

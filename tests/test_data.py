@@ -11,6 +11,7 @@ from bertemd_deploy import data as data_module
 from bertemd_deploy.data import calibration_rows, find_task, load_data, training_batches
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import BertemdError, DataError, RecipeError
+from bertemd_deploy.records import SUFFIXES
 from bertemd_deploy.tasks import TASKS
 
 TRAIN = [("a good film", "yes"), ("a bad film", "no"), ("fine", "yes")]
@@ -504,8 +505,10 @@ def test_training_batches_are_of_like_length_and_in_mixed_order():
 
 def test_every_suffix_has_a_reader(folder: Path):
     """A suffix in the table that no reader knows would be a KeyError, not a message."""
-    for suffix in data_module.SUFFIXES:
-        place = folder / suffix
-        write(place, f"train.{suffix}", b"\xff")
-        with pytest.raises(DataError):
-            load_data(str(place))
+    for kind, suffixes in SUFFIXES.items():
+        for suffix in suffixes:
+            place = folder / kind / suffix
+            place.mkdir(parents=True)
+            write(place, f"train.{suffix}", b"\xff")
+            with pytest.raises(DataError):
+                load_data(str(place), task=kind)

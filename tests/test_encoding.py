@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bertemd_deploy.encoding import Encoded, TextEncoder, length_batches
-from bertemd_deploy.errors import ModelError
+from bertemd_deploy.errors import DataError, ModelError
 
 ROWS = Encoded(
     np.array([2, 7, 3, 2, 3, 2, 8, 9, 3], dtype=np.int32),
@@ -119,3 +119,95 @@ def test_padding_of_another_family(folder: Path):
     content = (folder / "tokenizer.json").read_text().replace("[PAD]", "<pad>")
     (folder / "tokenizer.json").write_text(content)
     assert TextEncoder.load(folder, max_length=8).pad_id == 0
+
+
+# ---- words and windows
+
+
+def test_words_keep_their_numbers_at_their_first_piece(folder: Path):
+    encoder = TextEncoder.load(folder, max_length=16)
+    encoded, words = encoder.encode_words([["Good", "films", "!"], ["a."]])
+    vocabulary = encoder.vocabulary()
+    expected = [["[CLS]", "good", "film", "##s", "!", "[SEP]"], ["[CLS]", "a", ".", "[SEP]"]]
+    assert encoded.tokens.tolist() == [vocabulary[token] for row in expected for token in row]
+    assert words.tolist() == [-1, 0, 1, -1, 2, -1, -1, 0, -1, -1]
+    assert words.dtype == np.int32
+
+
+def test_words_are_cut_at_the_maximum_length_and_dropped_ones_have_no_token(folder: Path):
+    encoder = TextEncoder.load(folder, max_length=5)
+    encoded, words = encoder.encode_words([["good"] * 9, ["\u200b", "bad"], []])
+    assert encoded.lengths.tolist() == [5, 3, 2]
+    assert words.tolist() == [-1, 0, 1, 2, -1, -1, 1, -1, -1, -1]
+
+
+def test_words_of_a_byte_level_tokenizer_begin_with_a_blank(tmp_path: Path):
+    """As in running text, where all words but the first do; without it "films" here and there would differ."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    pieces = ["<s>", "</s>", "<pad>", "Ġ", "a", "b", "Ġa", "Ġb"]
+    ids = {token: at for at, token in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(ids, [("Ġ", "a"), ("Ġ", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = TextEncoder.load(tmp_path, max_length=8)
+    encoded, words = encoder.encode_words([["a", "b"]])
+    assert encoded.tokens.tolist() == [0, ids["Ġa"], ids["Ġb"], 1]
+    assert words.tolist() == [-1, 0, 1, -1]
+    assert encoder.encode(["a b"]).tokens.tolist() == [0, ids["a"], ids["Ġb"], 1]
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(64, 0), (9, 0), (9, 2), (9, 128), (6, 1), (5, 3)])
+def test_windows_cover_the_context_once_or_with_the_given_overlap(folder: Path, length: int, overlap: int):
+    encoder = TextEncoder.load(folder, max_length=length)
+    contexts = ["the good film was a bad song today ! we saw it", "fine"]
+    encoded, example, spans = encoder.encode_windows(["sad", "bad"], contexts, overlap=overlap)
+    assert (encoded.lengths <= length).all()
+    separator = encoder.vocabulary()["[SEP]"]
+    for number, context in enumerate(contexts):
+        whole = encoder.encode([context]).tokens if length == 64 else None
+        rows = np.flatnonzero(example == number)
+        covered: list[int] = []
+        for row in rows:
+            piece = slice(encoded.offsets[row], encoded.offsets[row + 1])
+            tokens, types, places = encoded.tokens[piece], encoded.types[piece], spans[piece]
+            assert tokens[1] == encoder.vocabulary()[["sad", "bad"][number]]
+            assert tokens[-1] == separator
+            inside = places[:, 0] >= 0
+            assert types[inside].tolist() == [1] * int(inside.sum())
+            starts = places[inside, 0].tolist()
+            room = length - 4
+            shared = len(set(starts) & set(covered))
+            assert shared == (min(overlap, room // 2) if covered else 0)
+            covered += [start for start in starts if start not in covered]
+            for first, behind in places[inside]:
+                assert context[first:behind].strip() == context[first:behind] != ""
+            if whole is not None:
+                assert tokens[inside].tolist() == whole[1:-1].tolist()
+        text = "".join(context[at] for at in covered)
+        assert text == "".join(word[0] for word in context.split())
+    assert example.tolist() == sorted(example.tolist())
+    assert spans.dtype == example.dtype == np.int32
+
+
+def test_a_question_that_fills_its_row_is_refused(folder: Path):
+    encoder = TextEncoder.load(folder, max_length=8)
+    with pytest.raises(
+        DataError, match=r"question q7: it fills 9 of 8 tokens and leaves no room.*raise data\.max_length"
+    ):
+        encoder.encode_windows(["sad", "good " * 6], ["a", "a"], overlap=2, names=["q6", "q7"])
+    with pytest.raises(DataError, match="question 1: it fills 8 of 8"):
+        encoder.encode_windows(["sad", "good " * 5], ["a", "a"], overlap=2)
+
+
+def test_an_empty_context_is_one_row_without_spans(folder: Path):
+    encoded, example, spans = TextEncoder.load(folder, max_length=8).encode_windows(["sad"], [""], overlap=2)
+    assert encoded.lengths.tolist() == [4]
+    assert example.tolist() == [0]
+    assert (spans == -1).all()
+
+
+def test_texts_of_another_count_than_questions(folder: Path):
+    with pytest.raises(ValueError, match="shorter"):
+        TextEncoder.load(folder, max_length=8).encode_windows(["a", "b"], ["c"], overlap=0)

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from corpora import write_corpus
 from safetensors.torch import load_file, save_file
 
+from bertemd_deploy.answers import Answers
+from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.data import load_data
+from bertemd_deploy.encoding import Encoded, TextEncoder
 from bertemd_deploy.errors import ModelError
-from bertemd_deploy.evaluate import check_teacher, dev_metrics, evaluate_folder
+from bertemd_deploy.evaluate import check_teacher, dev_metrics, evaluate_folder, torch_logits
+from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier
-from bertemd_deploy.tasks import TASKS
+from bertemd_deploy.tasks import TASKS, Kind
 
 Task = Callable[..., tuple[Path, Path]]
 
 
 def one_hot(answers: list[int], classes: int) -> np.ndarray:
     return np.eye(classes, dtype=np.float32)[answers] * 5
+
+
+def part(labels: np.ndarray, kind: Kind = "classification") -> DataSlice:
+    """A slice of one-token rows with these labels."""
+    rows = len(labels)
+    return DataSlice(Encoded(np.zeros(rows, np.int32), np.zeros(rows, np.int8), np.arange(rows + 1)), labels, kind)
 
 
 def test_a_folder_is_scored_on_the_dev_split(tiny_task: Task) -> None:
@@ -55,8 +67,6 @@ def test_pairs_and_numbers_are_scored_too(tiny_task: Task, kind: str) -> None:
 
 
 def test_outputs_that_are_not_finite_have_no_metric(tiny_task: Task) -> None:
-    from bertemd_deploy.encoding import TextEncoder
-
     teacher, folder = tiny_task()
     model = load_classifier(teacher, labels=("no", "yes"))
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
@@ -72,7 +82,7 @@ def test_a_teacher_at_or_below_majority_is_refused(answers: list[int]) -> None:
     names = ("negative", "positive")
     accuracy = float((np.array(answers) == labels).mean())
     with pytest.raises(ModelError) as raised:
-        check_teacher(logits, labels, task=task, names=names, where="the/teacher")
+        check_teacher(logits, part(labels), task=task, names=names, where="the/teacher")
     assert str(raised.value) == (
         f"the/teacher: its dev accuracy is {accuracy:.3f}, no better than always answering the most frequent label "
         "(0.600). There is nothing to distil. Fine-tune it on this task first (teacher.finetune: always)."
@@ -82,7 +92,7 @@ def test_a_teacher_at_or_below_majority_is_refused(answers: list[int]) -> None:
 def test_a_teacher_above_majority_is_taken() -> None:
     labels = np.array([0, 0, 0, 1, 1])
     logits = one_hot([0, 0, 0, 1, 0], 2)
-    assert check_teacher(logits, labels, task=TASKS["sst2"], names=("a", "b"), where="t") == {"accuracy": 0.8}
+    assert check_teacher(logits, part(labels), task=TASKS["sst2"], names=("a", "b"), where="t") == {"accuracy": 0.8}
 
 
 def test_the_permutation_that_would_fit_is_named() -> None:
@@ -90,7 +100,7 @@ def test_the_permutation_that_would_fit_is_named() -> None:
     logits = one_hot([2, 0, 1] * 10, 3)  # output 2 means class 0, output 0 class 1, output 1 class 2
     names = ("entailment", "neutral", "contradiction")
     with pytest.raises(ModelError) as raised:
-        check_teacher(logits, labels, task=TASKS["mnli"], names=names, where="t")
+        check_teacher(logits, part(labels), task=TASKS["mnli"], names=names, where="t")
     assert (
         "With its outputs read as entailment -> neutral, neutral -> contradiction, contradiction -> entailment it "
         "reaches 1.000: its id2label is in another order than its weights."
@@ -101,7 +111,7 @@ def test_beyond_five_classes_no_permutation_is_sought() -> None:
     labels = np.arange(6).repeat(3)
     logits = one_hot([(label + 1) % 6 for label in labels], 6)
     with pytest.raises(ModelError) as raised:
-        check_teacher(logits, labels, task=TASKS["classification"], names=tuple("abcdef"), where="t")
+        check_teacher(logits, part(labels), task=TASKS["classification"], names=tuple("abcdef"), where="t")
     assert "outputs read as" not in str(raised.value)
     assert "Fine-tune it on this task first" in str(raised.value)
 
@@ -109,8 +119,88 @@ def test_beyond_five_classes_no_permutation_is_sought() -> None:
 def test_a_regression_teacher_needs_a_positive_correlation() -> None:
     labels = np.array([0.0, 1.0, 2.0, 3.0], dtype=np.float32)
     task = TASKS["stsb"]
-    good = check_teacher(labels[:, None] * 2, labels, task=task, names=(), where="t")
+    good = check_teacher(labels[:, None] * 2, part(labels, "regression"), task=task, names=(), where="t")
     assert good["pearson"] == pytest.approx(1.0)
     for answers, found in ((-labels, "-1.000"), (np.zeros(4, np.float32), "0.000")):
         with pytest.raises(ModelError, match=f"its pearson on dev is {found}; a teacher needs more than 0"):
-            check_teacher(answers[:, None], labels, task=task, names=(), where="t")
+            check_teacher(answers[:, None], part(labels, "regression"), task=task, names=(), where="t")
+
+
+# ---- teachers of other kinds
+
+
+def test_a_multilabel_teacher_must_beat_the_best_one_answer() -> None:
+    """Labels 0 and 1 in every answer: F1 2 * 6 / (8 + 7); all three: 2 * 7 / (12 + 7); only the first: 2 * 4 / (4 + 7)."""
+    labels = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0]], dtype=np.float32)
+    task, names = TASKS["multilabel"], ("a", "b", "c")
+    constant = np.tile([[1.0, 1.0, -1.0]], (4, 1)).astype(np.float32)
+    with pytest.raises(ModelError) as raised:
+        check_teacher(constant, part(labels, "multilabel"), task=task, names=names, where="the/teacher")
+    assert str(raised.value) == (
+        "the/teacher: its dev f1_micro is 0.800, no better than the best one answer to all rows (0.800). There is nothing to "
+        "distil. Fine-tune it on this task first (teacher.finetune: always); if it was, check that data.path and the order "
+        "of its labels are those that it was trained with."
+    )
+    metrics = check_teacher(labels - 0.5, part(labels, "multilabel"), task=task, names=names, where="t")
+    assert metrics == {"f1_micro": 1.0, "f1_macro": 1.0}
+
+
+def tagged(labels: list[int]) -> DataSlice:
+    return replace(part(np.array(labels)), kind="token-classification")
+
+
+def test_a_teacher_of_entities_must_find_one() -> None:
+    gold, task, names = tagged([0, 1, 0, -100]), TASKS["token-classification"], ("O", "B-X")
+    with pytest.raises(ModelError, match=r"its dev entity_f1 is 0\.000, no better than finding nothing \(0\.000\)"):
+        check_teacher(one_hot([0, 0, 1, 1], 2), gold, task=task, names=names, where="t")
+    assert check_teacher(one_hot([0, 1, 1, 1], 2), gold, task=task, names=names, where="t")["entity_f1"] > 0.6
+
+
+def test_a_teacher_of_other_tags_must_beat_the_most_frequent_one() -> None:
+    gold, task, names = tagged([0, 1, 0, -100]), TASKS["tagging"], ("NN", "VB")
+    with pytest.raises(
+        ModelError, match=r"its dev accuracy is 0\.667, no better than always naming the most frequent tag"
+    ):
+        check_teacher(one_hot([0, 0, 0, 1], 2), gold, task=task, names=names, where="t")
+    assert check_teacher(one_hot([0, 1, 0, 0], 2), gold, task=task, names=names, where="t") == {"accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("accepted", "floor", "named"),
+    [
+        ((("cats",), ()), 0.5, "always saying that there is no answer"),
+        ((("cats",), ("cats sleep",)), 5 / 6, "always giving the whole context"),
+    ],
+)
+def test_a_teacher_of_answers_must_beat_answers_that_look_at_nothing(
+    accepted: tuple[tuple[str, ...], ...], floor: float, named: str
+) -> None:
+    spans = np.array([(-1, -1), (0, 4), (5, 10)] * 2, np.int32)
+    gold = Answers(np.array([0, 1], np.int32), spans, ("cats sleep",) * 2, accepted, ("q", "r"))
+    examples = Encoded(np.zeros(6, np.int32), np.zeros(6, np.int8), np.array([0, 3, 6]))
+    asked = DataSlice(examples, np.zeros((2, 2), np.int64), "question-answering", gold)
+    logits, task = np.zeros((6, 2), np.float32), TASKS["question-answering"]
+    logits[[0, 3]] = 9.0  # no answer, where that is one
+    logits[[1, 4], 0] = logits[[2, 5], 1] = 1.0  # else the whole context
+    with pytest.raises(ModelError, match=rf"its dev f1_squad is {floor:.3f}, no better than {named} \({floor:.3f}\)"):
+        check_teacher(logits, asked, task=task, names=(), where="t")
+    right = np.zeros((6, 2), np.float32)
+    right[1] = 5.0
+    right[3 if not accepted[1] else 4, 0] = right[3 if not accepted[1] else 5, 1] = 6.0
+    assert check_teacher(right, asked, task=task, names=(), where="t") == {"f1_squad": 1.0, "exact_match": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "token-classification", "question-answering"])
+def test_outputs_keep_the_rows_order_and_their_raggedness(
+    tiny_bert: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    data = load_data(str(write_corpus(tmp_path / "data", kind, train=16, dev=12)), task=kind)
+    folder = tiny_bert(head=False)
+    model = load_classifier(folder, labels=data.labels, kind=TASKS[kind].kind, new_head=True)
+    dev = data.splits["dev"].encode(TextEncoder.load(folder, max_length=32))
+    together = torch_logits(model, dev.examples, pad_id=0, batch_size=5)
+    assert together.shape == (len(dev) if kind == "multilabel" else len(dev.examples.tokens), data.outputs)
+    alone = np.concatenate([torch_logits(model, dev.select([row]).examples, pad_id=0) for row in range(len(dev))])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+    metrics = dev_metrics(model, dev, task=data.task, pad_id=0, names=data.labels)
+    assert metrics == evaluate_metrics(data.task.metrics, logits=together, part=dev, label_names=data.labels)

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
-from tiny_student import VOCABULARY, labelled, tiny_model, write_student
+import transformers
+from tiny_student import LABELS, VOCABULARY, examples, labelled, tiny_model, write_student
 
 from bertemd_deploy import bert_graph
 from bertemd_deploy import export as module
@@ -20,21 +22,22 @@ from bertemd_deploy.errors import ArtifactError, ExportError, GateError, ModelEr
 from bertemd_deploy.export import export, export_fp32
 from bertemd_deploy.onnx_edit import IR_VERSIONS, histogram, save
 from bertemd_deploy.runtime import INPUT_NAMES, open_session, predict_logits
+from bertemd_deploy.tasks import Kind
 
 TASK = {"name": "mrpc", "kind": "classification", "metrics": ["f1", "accuracy"]}
 
 
 def arguments(student: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    model = load_model(student)
-    regression = changes.get("labels") == []
+    kind = changes.get("task", TASK)["kind"]
+    model = load_model(student, kind=kind)
     return {
         "student": student,
         "out": out,
         "task": TASK,
-        "labels": ["no", "yes"],
+        "labels": list(LABELS[kind]),
         "max_length": 32,
-        "evaluation": labelled(model, 60, regression=regression),
-        "calibration": labelled(model, 20, seed=1, regression=regression),
+        "evaluation": labelled(model, 60, kind=kind),
+        "calibration": labelled(model, 20, seed=1, kind=kind),
         "teacher": {"name": "big", "layers": 12, "sha256": "0" * 64},
         "reference_metrics": {"teacher": {"f1": 0.9, "accuracy": 0.88}},
         "distillation": {"mapping": "emd", "seed": 3},
@@ -119,7 +122,9 @@ def test_graphs_are_dynamic_old_enough_and_labelled(artifact: Artifact) -> None:
         assert {value.type.tensor_type.elem_type for value in model.graph.input} == {onnx.TensorProto.INT64}
         assert [value.name for value in model.graph.output] == ["logits"]
         properties = {entry.key: entry.value for entry in model.metadata_props}
-        assert properties == {"id2label": '{"0": "no", "1": "yes"}', "task": "mrpc", "max_length": "32"}
+        assert properties == {"task": "mrpc", "kind": "classification", "max_length": "32"} | {
+            "id2label": '{"0": "no", "1": "yes"}'
+        }
         arrays = [
             (t.data_type, tuple(t.dims), onnx.numpy_helper.to_array(t).tobytes()) for t in model.graph.initializer
         ]
@@ -185,11 +190,82 @@ def test_a_damaged_artifact_is_refused(student: Path, artifact: Artifact, tmp_pa
 def test_regression(tmp_path: Path) -> None:
     student = write_student(tmp_path / "student", labels=())
     task = {"name": "stsb", "kind": "regression", "metrics": ["pearson", "spearman"]}
-    found = export(**arguments(student, tmp_path / "artifact", task=task, labels=[]))
+    found = export(**arguments(student, tmp_path / "artifact", task=task))
     assert found.labels == []
     assert found.manifest["metrics"]["fused"]["pearson"] == pytest.approx(1)
     assert found.manifest["metrics"]["fused-int8"]["pearson"] > 0.8
     assert found.manifest["parity"]["graphs"]["fp32"]["decision_agreement"] is None
+
+
+METRICS = {
+    "multilabel": ["f1_micro", "f1_macro"],
+    "token-classification": ["entity_f1", "accuracy"],
+    "question-answering": ["f1_squad", "exact_match"],
+}
+OUTPUTS = {
+    "multilabel": {"logits": ["batch", 3]},
+    "token-classification": {"logits": ["batch", "sequence", 5]},
+    "question-answering": {"start_logits": ["batch", "sequence"], "end_logits": ["batch", "sequence"]},
+}
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_other_kinds_of_task(tmp_path: Path, kind: Kind) -> None:
+    """Four graphs of each: outputs by name and axes, parity with transformers' own head in plain ONNX Runtime, gates."""
+    student = write_student(tmp_path / "student", kind=kind)
+    task = {"name": "mine", "kind": kind, "metrics": METRICS[kind], "doc_stride": 8}
+    limits = QuantizeSettings(max_drop=60)
+    found = export(**arguments(student, tmp_path / "artifact", task=task, quantization=limits, reference_metrics={}))
+    head = {"token-classification": "TokenClassification", "question-answering": "QuestionAnswering"}.get(
+        kind, "SequenceClassification"
+    )
+    model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(student).eval()
+    batches = [
+        examples(rows, longest=longest).batch(range(rows), pad_id=0) for rows, longest in ((1, 3), (4, 32), (3, 60))
+    ]
+    for graph, name in GRAPHS.items():
+        stored = onnx.load_model(found.folder / name)
+        shapes = {
+            value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in stored.graph.output
+        }
+        assert shapes == OUTPUTS[kind]
+        properties = {entry.key: entry.value for entry in stored.metadata_props}
+        assert (properties["kind"], "id2label" in properties) == (kind, kind != "question-answering")
+        session = onnxruntime.InferenceSession(str(found.folder / name), providers=["CPUExecutionProvider"])
+        for inputs in batches:
+            expected = model(**{key: torch.from_numpy(value) for key, value in inputs.items()})
+            real = inputs["attention_mask"].astype(bool) if kind != "multilabel" else slice(None)
+            for output, values in zip(shapes, session.run(None, inputs), strict=True):
+                wanted = expected[output].detach().numpy()
+                assert values.shape == wanted.shape
+                assert np.abs(values - wanted)[real].max() < (4 if "int8" in graph else 1e-4)
+        parity = found.manifest["parity"]["graphs"][graph]
+        assert (parity["inputs"], parity["decision_agreement"] == 1) == (76, "int8" not in graph)
+        assert found.manifest["metrics"][graph].keys() == set(METRICS[kind])
+    assert found.manifest["metrics"]["fused"][METRICS[kind][0]] == pytest.approx(1)
+    assert found.manifest["files"][GRAPHS["fused"]]["fused"]["attention"] == 2
+    # One row of the last layer is enough for a decision on the whole input, and only for that.
+    assert [node.op_type for node in onnx.load_model(found.folder / GRAPHS["fused"]).graph.node].count("Slice") == (
+        2 if kind == "multilabel" else 1
+    )
+    assert found.manifest["task"] == task | ({"no_answer": False} if kind == "question-answering" else {})
+    assert found.kind == kind
+    card = (found.folder / "README.md").read_text()
+    assert f"pipeline_tag: {'text-classification' if kind == 'multilabel' else kind}\n" in card
+    assert "regression" not in card
+    assert f"| {METRICS[kind][0]} |" in card
+    config = json.loads((found.folder / "config.json").read_text())
+    assert config.get("problem_type") == ("multi_label_classification" if kind == "multilabel" else None)
+    assert found.evaluation().kind == kind
+    assert len(found.manifest["quantization"]["operators"]["int8"]) == (12 if kind == "multilabel" else 10)
+
+
+def test_slices_of_another_kind_are_refused(student: Path, tmp_path: Path) -> None:
+    asked = arguments(student, tmp_path / "a")
+    other = replace(asked["evaluation"], kind="regression")
+    with pytest.raises(ExportError, match="the task is classification, the slices are for regression"):
+        export(**asked | {"evaluation": other})
 
 
 def test_without_quantization_there_are_two_graphs(student: Path, tmp_path: Path) -> None:
@@ -278,9 +354,9 @@ def test_tokenizers_that_cannot_become_a_vocabulary_are_refused(student: Path, t
         export(**arguments(folder, tmp_path / "a"))
     from bertemd_deploy.handout import write_tokenizer
 
-    stored["model"] = {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}
+    stored["model"] = {"type": "WordLevel", "vocab": {"a": 0}}
     (folder / "tokenizer.json").write_text(json.dumps(stored))
-    with pytest.raises(ExportError, match="a Unigram tokenizer"):
+    with pytest.raises(ExportError, match="a WordLevel tokenizer"):
         write_tokenizer(folder, tmp_path, max_length=8)
 
 
@@ -335,7 +411,10 @@ def test_models_that_are_computed_differently_are_refused(tmp_path: Path) -> Non
     folder = write_student(tmp_path / "student")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"position_embedding_type": "relative_key"}))
-    with pytest.raises(ExportError, match="position_embedding_type is 'relative_key'"):
+    with pytest.raises(ModelError, match="position_embedding_type is 'relative_key'"):
+        load_model(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+    with pytest.raises(ExportError, match=r"config.json: model_type is 'roberta'; export writes BERT's graph only"):
         load_model(folder)
     with pytest.raises(ModelError):
         export_fp32(tmp_path / "nothing", tmp_path / "x.onnx", exporter="torchscript", opset=17)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from corpora import write_corpus
 from safetensors.torch import load_file
 
 from bertemd_deploy.config import TeacherSettings
@@ -83,3 +84,40 @@ def test_a_longer_input_than_the_model_has_positions_is_refused(
     with pytest.raises(ModelError, match=r"data\.max_length is 32, the model has 16 positions"):
         train(tiny_bert(positions=16), tiny_data(), tmp_path / "teacher")
     assert not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "epochs", "level"),
+    [("multilabel", 10, 0.9), ("token-classification", 12, 0.9), ("question-answering", 14, 0.8)],
+)
+def test_every_kind_is_learnt_and_scored_again_from_its_folder(
+    tiny_bert: Make, tmp_path: Path, kind: str, epochs: int, level: float
+) -> None:
+    folder = write_corpus(tmp_path / "data", kind, train=512 if kind == "question-answering" else 384)
+    data = load_data(str(folder), task=kind)
+    model = tiny_bert(head=False, hidden=32, intermediate=64, dropout=0.0)
+    record = train(model, folder, tmp_path / "teacher", task=kind, epochs=epochs, batch_size=16, learning_rate=3e-3)
+    metric = data.task.metrics[0]
+    assert record["metrics"][metric] > level
+    assert list(record["metrics"]) == list(data.task.metrics)
+    again = evaluate_folder(tmp_path / "teacher", data=data, max_length=32)
+    assert again["metrics"] == pytest.approx(record["metrics"])
+    assert again["rows"] == 64
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    if kind == "multilabel":
+        assert config["problem_type"] == "multi_label_classification"
+    if data.labels:
+        assert [config["id2label"][str(at)] for at in range(data.outputs)] == list(data.labels)
+    best = [json.loads(line) for line in (tmp_path / "teacher.jsonl").read_text().splitlines()]
+    scores = [line["dev"][metric] for line in best if "dev" in line]
+    assert scores.index(max(scores)) + 1 == record["best_epoch"]
+
+
+def test_questions_without_an_answer_are_learnt(tiny_bert: Make, tmp_path: Path) -> None:
+    """A quarter has none: always saying so would score 0.25."""
+    folder = write_corpus(tmp_path / "data", "question-answering", train=512, unanswerable=True)
+    model = tiny_bert(head=False, hidden=32, intermediate=64, dropout=0.0)
+    record = train(
+        model, folder, tmp_path / "teacher", task="question-answering", epochs=18, batch_size=16, learning_rate=3e-3
+    )
+    assert record["metrics"]["f1_squad"] > 0.6

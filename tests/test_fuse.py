@@ -8,12 +8,13 @@ import pytest
 from tiny_student import examples, tiny_model, torch_outputs
 from transformers import BertConfig, BertForSequenceClassification
 
-from bertemd_deploy.bert_graph import check_shapes, fusable_graph, portable_graph
+from bertemd_deploy.bert_graph import check_shapes, fusable_graph, head_kind, portable_graph
 from bertemd_deploy.errors import ExportError
 from bertemd_deploy.fuse import check_counts, fuse, fused_counts, optimize
 from bertemd_deploy.onnx_edit import histogram, save
 from bertemd_deploy.quantize import quantize
 from bertemd_deploy.runtime import open_session, predict_logits, run_session
+from bertemd_deploy.tasks import Kind
 
 
 def fused(model, *, exporter="torchscript", opset=17) -> tuple[onnx.ModelProto, dict[str, int]]:
@@ -24,6 +25,7 @@ def fused(model, *, exporter="torchscript", opset=17) -> tuple[onnx.ModelProto, 
         heads=config.num_attention_heads,
         hidden=config.hidden_size,
         opset=opset,
+        first_row=head_kind(model) == "sequence",
     )
 
 
@@ -77,8 +79,9 @@ def test_a_pattern_that_did_not_match_is_an_error_with_both_counts() -> None:
 
 
 @pytest.mark.slow
-def test_the_dynamo_exporter_gives_the_same_fused_operators(tmp_path: Path) -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("kind", ["classification", "token-classification", "question-answering"])
+def test_the_dynamo_exporter_gives_the_same_fused_operators(tmp_path: Path, kind: Kind) -> None:
+    model = tiny_model(kind=kind)
     graph, counts = fused(model, exporter="dynamo")
     assert counts == fused(model)[1]
     save(graph, tmp_path / "m.onnx")

@@ -16,6 +16,7 @@ from bertemd_deploy.errors import GateError
 from bertemd_deploy.gate import Int8Search, check_parity, discard_rejected, measure_parity, parity_reference, score
 from bertemd_deploy.onnx_edit import save
 from bertemd_deploy.quantize import operators
+from bertemd_deploy.tasks import Kind
 
 MODEL = tiny_model()
 
@@ -25,10 +26,8 @@ def graph() -> onnx.ModelProto:
     return portable_graph(MODEL, exporter="torchscript", opset=17)
 
 
-def reference(count: int = 40, *, classification: bool = True) -> gate.Reference:
-    return parity_reference(
-        examples(count), pad_id=0, classification=classification, logits=lambda batch: torch_logits(MODEL, batch)
-    )
+def reference(count: int = 40, *, kind: Kind = "classification") -> gate.Reference:
+    return parity_reference(examples(count), pad_id=0, kind=kind, logits=lambda batch: torch_logits(MODEL, batch))
 
 
 def shifted(graph: onnx.ModelProto, *, by: float) -> onnx.ModelProto:
@@ -119,7 +118,25 @@ def test_logits_that_are_not_finite_miss_parity(graph: onnx.ModelProto, tmp_path
 
 def test_regression_has_no_decisions(graph: onnx.ModelProto, tmp_path: Path) -> None:
     save(graph, tmp_path / "m.onnx")
-    assert measure_parity(tmp_path / "m.onnx", reference(classification=False)).decision_agreement is None
+    assert measure_parity(tmp_path / "m.onnx", reference(kind="regression")).decision_agreement is None
+
+
+def test_tokens_are_compared_one_by_one_and_padding_not_at_all(tmp_path: Path) -> None:
+    model = tiny_model(kind="token-classification", outputs=3)
+    save(portable_graph(model, exporter="torchscript", opset=17), tmp_path / "m.onnx")
+    asked = parity_reference(
+        examples(40), pad_id=0, kind="token-classification", logits=lambda batch: torch_logits(model, batch)
+    )
+    for logits, batch in zip(asked.logits, asked.batches, strict=True):
+        logits[batch["attention_mask"] == 0] = 1e6
+    parity = measure_parity(tmp_path / "m.onnx", asked)
+    assert (parity.beyond_tolerance, parity.decision_agreement, parity.inputs) == (0, 1, 56)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in asked.batches)
+    asked.logits[0][2, 1] = asked.logits[0][2, 1][[2, 0, 1]]  # another tag for one token of the third input
+    parity = measure_parity(tmp_path / "m.onnx", asked)
+    assert (parity.beyond_tolerance, parity.decision_agreement) == (1, pytest.approx(1 - 1 / tokens))
+    with pytest.raises(GateError, match="1 of 56 inputs, same decision on 99"):
+        check_parity(parity, tmp_path / "m.onnx", out=tmp_path / "out")
 
 
 def test_the_first_setting_that_keeps_the_accuracy_is_taken(graph: onnx.ModelProto, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import bertemd_deploy
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "bertemd_deploy"
 RUNTIME = {
+    "answers",
     "artifact",
     "bench",
     "classifier",
@@ -22,14 +23,19 @@ RUNTIME = {
     "config",
     "console",
     "data",
+    "decisions",
     "demo",
     "encoding",
     "errors",
     "files",
     "handout",
     "metrics",
+    "predictions",
+    "records",
     "report",
     "runtime",
+    "spans",
+    "splits",
     "tasks",
 }
 QUANTIZING = {"gate", "onnx_edit", "quantize"}  # runtime half as well, with onnx on top

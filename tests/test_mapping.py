@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from bertemd_deploy.config import MAPPINGS
-from bertemd_deploy.emd import cost_attention, solve_flow, uniform_weights
+from bertemd_deploy.emd import cost_attention, emd_loss, solve_flow, uniform_weights
 from bertemd_deploy.errors import EmdError, RecipeError
 from bertemd_deploy.mapping import SIDES, LayerMapping, even_layers, fixed_flow
 
@@ -50,7 +50,8 @@ def test_mapping_that_leaves_one_layer_nothing(kind):
 def test_losses_are_the_flows_costs_with_the_flows_gradient(kind):
     mapping = LayerMapping(kind, 3, 2)
     attention, hidden = ATTENTION.clone().requires_grad_(), HIDDEN.clone().requires_grad_()
-    losses = mapping.losses(attention, hidden)
+    flows = mapping.step(torch.stack([attention, hidden]))
+    losses = [emd_loss(cost, flows[side]) for side, cost in zip(SIDES, (attention, hidden), strict=True)]
     sum(losses).backward()
     for loss, cost, side in zip(losses, (attention, hidden), SIDES, strict=True):
         flow = mapping.flows[side]
@@ -62,14 +63,14 @@ def test_losses_are_the_flows_costs_with_the_flows_gradient(kind):
 @pytest.mark.parametrize("kind", ["uniform", "skip", "last", "emd-fixed"])
 def test_only_emd_moves_the_marginals(kind):
     mapping = LayerMapping(kind, 3, 2)
-    mapping.losses(ATTENTION, HIDDEN)
+    mapping.step(torch.stack([ATTENTION, HIDDEN]))
     for side in SIDES:
         assert_close(mapping.marginals[side], (uniform_weights(3), uniform_weights(2)))
 
 
 def test_emd_fixed_solves_under_uniform_marginals():
     mapping = LayerMapping("emd-fixed", 3, 2)
-    mapping.losses(ATTENTION, HIDDEN)
+    mapping.step(torch.stack([ATTENTION, HIDDEN]))
     for side, cost in zip(SIDES, (ATTENTION, HIDDEN), strict=True):
         expected = solve_flow(cost, teacher_weights=uniform_weights(3), student_weights=uniform_weights(2))
         assert_close(mapping.flows[side], expected)
@@ -82,7 +83,7 @@ def test_emd_carries_its_marginals_from_step_to_step(mode, separate):
     expected = {side: (uniform_weights(3), uniform_weights(2)) for side in SIDES}
     for factor in (1.0, 2.0, 0.5):
         costs = {"attention": ATTENTION * factor, "hidden": HIDDEN / factor}
-        mapping.losses(costs["attention"], costs["hidden"])
+        mapping.step(torch.stack([costs["attention"], costs["hidden"]]))
         fresh = {}
         for side in SIDES:
             a, b = expected[side]
@@ -104,25 +105,25 @@ def test_emd_carries_its_marginals_from_step_to_step(mode, separate):
 
 def test_resumed_mapping_goes_on_as_the_first_would_have():
     first = LayerMapping("emd", 3, 2, separate=True)
-    first.losses(ATTENTION, HIDDEN)
+    first.step(torch.stack([ATTENTION, HIDDEN]))
     second = LayerMapping("emd", 3, 2, separate=True)
     second.load_state({name: weights.clone() for name, weights in first.state().items()})
-    first.losses(HIDDEN, ATTENTION)
-    second.losses(HIDDEN, ATTENTION)
+    first.step(torch.stack([HIDDEN, ATTENTION]))
+    second.step(torch.stack([HIDDEN, ATTENTION]))
     assert_close(second.state(), first.state(), rtol=0, atol=0)
     assert_close(second.flows, first.flows, rtol=0, atol=0)
 
 
 def test_two_mappings_share_no_state():
     first, second = LayerMapping("emd", 3, 2), LayerMapping("emd", 3, 2)
-    first.losses(ATTENTION, HIDDEN)
+    first.step(torch.stack([ATTENTION, HIDDEN]))
     assert_close(second.marginals["hidden"][0], uniform_weights(3))
     assert second.flows == {}
 
 
 def test_log_holds_both_flows_and_both_marginal_pairs():
     mapping = LayerMapping("emd", 3, 2)
-    mapping.losses(ATTENTION, HIDDEN)
+    mapping.step(torch.stack([ATTENTION, HIDDEN]))
     log = mapping.log()
     assert set(log) == {
         "attention_flow",
@@ -138,4 +139,17 @@ def test_log_holds_both_flows_and_both_marginal_pairs():
 
 def test_cost_that_is_not_finite_is_an_error():
     with pytest.raises(EmdError, match="cost matrix 3x2: non-finite entry at teacher layer 1, student layer 1"):
-        LayerMapping("emd", 3, 2).losses(ATTENTION, HIDDEN.masked_fill(HIDDEN == 5, float("inf")))
+        LayerMapping("emd", 3, 2).step(torch.stack([ATTENTION, HIDDEN.masked_fill(HIDDEN == 5, float("inf"))]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAPPINGS if kind != "none"])
+def test_only_the_layers_that_a_mapping_can_name_are_compared(kind):
+    mapping = LayerMapping(kind, 12, 4)
+    expected = {"uniform": [2, 5, 8, 11], "skip": [2, 5, 8], "last": [8, 9, 10]}.get(kind, list(range(12)))
+    assert mapping.rows == expected
+    assert mapping.solves is (kind in ("emd", "emd-fixed"))
+
+
+def test_a_flow_without_costs_is_refused():
+    with pytest.raises(EmdError, match=r"distill\.mapping emd: a flow cannot be solved without costs"):
+        LayerMapping("emd", 3, 2).step()

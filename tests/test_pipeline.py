@@ -145,15 +145,15 @@ def test_a_failed_stage_is_recorded_and_goes_on_where_it_failed(
     settings = recipe(teacher, data, distill={"checkpoint_seconds": 0})
     whole = tmp_path / "whole"
     pipeline.run(settings, out=whole, stop_after="distill")
-    step = training._train_step
+    step = training._Run.step
 
     def fail(*args: Any) -> Any:
-        if args[-1] == 4:
+        if args[1].number == 4:
             raise TrainingError("step 5: the loss is nan.")
         return step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_train_step", fail)
+        patch.setattr(training._Run, "step", fail)
         with pytest.raises(TrainingError):
             pipeline.run(settings, out=tmp_path / "run", stop_after="distill")
     failed = state(tmp_path / "run")["distill"]
@@ -161,10 +161,10 @@ def test_a_failed_stage_is_recorded_and_goes_on_where_it_failed(
     numbers = []
 
     def watch(*args: Any) -> Any:
-        numbers.append(args[-1])
+        numbers.append(args[1].number)
         return step(*args)
 
-    monkeypatch.setattr(training, "_train_step", watch)
+    monkeypatch.setattr(training._Run, "step", watch)
     pipeline.run(settings, out=tmp_path / "run", stop_after="distill")
     assert numbers == [4, 5]
     assert state(tmp_path / "run")["distill"]["status"] == "done"

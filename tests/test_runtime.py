@@ -132,6 +132,36 @@ def test_predict_keeps_the_order_over_batches_of_like_length(summing_graph: Path
     np.testing.assert_array_equal(logits, np.stack([expected, -expected], 1).astype(np.float32), strict=True)
 
 
+@pytest.fixture
+def token_graph(tmp_path: Path) -> Path:
+    """A graph that answers for every token, padding too: where a span starts, its id, and where it ends, its id negated."""
+    onnx = pytest.importorskip("onnx")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["start_logits"], to=kinds.FLOAT),
+        helper.make_node("Neg", ["start_logits"], ["end_logits"]),
+    ]
+    outputs = [helper.make_tensor_value_info(name, kinds.FLOAT, ["b", "t"]) for name in ("end_logits", "start_logits")]
+    inputs = [helper.make_tensor_value_info("input_ids", kinds.INT64, ["b", "t"])]
+    graph = helper.make_graph(nodes, "spans", inputs, outputs)
+    path = tmp_path / "spans.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
+
+
+def test_start_and_end_are_the_last_axis_in_this_order(token_graph: Path):
+    logits = run_session(open_session(token_graph, threads=1), rows(2, 1).batch([0, 1], pad_id=9))
+    expected = np.array([[[1, -1], [2, -2]], [[3, -3], [9, -9]]], dtype=np.float32)
+    np.testing.assert_array_equal(logits, expected, strict=True)
+
+
+def test_logits_of_tokens_come_back_ragged_and_in_order(token_graph: Path):
+    examples = rows(*np.random.default_rng(0).integers(1, 20, 101))
+    logits = predict_logits(open_session(token_graph, threads=1), examples, pad_id=7, batch_size=4)
+    expected = np.stack([examples.tokens, -examples.tokens], 1).astype(np.float32)
+    np.testing.assert_array_equal(logits, expected, strict=True)
+
+
 def test_predict_nothing(summing_graph: Path):
     with pytest.raises(ValueError, match="no examples"):
         predict_logits(open_session(summing_graph, threads=1), rows(), pad_id=0)

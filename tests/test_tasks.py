@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from bertemd_deploy.metrics import METRICS, SLICE_METRICS
 from bertemd_deploy.tasks import GLUE, TASKS
 
 
@@ -17,7 +18,9 @@ def test_row_is_whole(name):
     assert task.columns
     assert task.max_length <= 512
     assert len(set(task.labels)) == len(task.labels)
-    assert not (task.kind == "regression" and task.labels)
+    assert not (task.kind in ("regression", "question-answering") and task.labels)
+    assert all(metric in METRICS or metric in SLICE_METRICS for metric in task.metrics)
+    assert task.label_column
 
 
 @pytest.mark.parametrize(

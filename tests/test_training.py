@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertemd_deploy.artifact import DataSlice
+from bertemd_deploy.batching import Batch
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import ArtifactError, TrainingError
-from bertemd_deploy.training import Progress, Schedule, Step, fit, learning_rate, torch_logits
+from bertemd_deploy.evaluate import torch_logits
+from bertemd_deploy.training import Outcome, Schedule, fit, learning_rate
+from bertemd_deploy.training_state import Progress
 
 ROWS = 18
 
@@ -102,14 +105,20 @@ class Run:
         scores: Iterator[float] | None = None,
         metric: str = "score",
     ) -> Progress:
-        def step(inputs: dict[str, Tensor], labels: Tensor) -> Step:
+        def objective(batch: Batch) -> Outcome:
             assert self.model.training
             if self.steps == stop_at:
                 raise StoppedError
             self.steps += 1
-            value = loss(self.steps, F.cross_entropy(self.model(inputs), labels))
-            self.extra.total = self.extra.total + value.item()
-            return Step(value, lambda: {"running": self.extra.total.item()})
+            total = torch.zeros(())
+            for part, seed in zip(batch.parts, batch.seeds, strict=True):
+                torch.manual_seed(seed)
+                value = F.cross_entropy(self.model(part.inputs), part.labels, reduction="sum") / batch.units
+                value = loss(self.steps, value)
+                value.backward()
+                total += value.detach()
+            self.extra.total = self.extra.total + total.item()
+            return Outcome(total, {}, lambda: {"running": self.extra.total.item()})
 
         def evaluate() -> dict[str, float]:
             assert not self.model.training
@@ -120,7 +129,7 @@ class Run:
             schedule=self.schedule,
             data=examples(),
             pad_id=0,
-            step=step,
+            objective=objective,
             evaluate=evaluate,
             metric=metric,
             checkpoints=self.checkpoints,
@@ -230,13 +239,13 @@ def test_an_epoch_evaluated_again_is_not_logged_twice(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:  # killed after the first epoch's dev line, before its checkpoint
         from bertemd_deploy import training
 
-        finish = training._finish_epoch
+        finish = training._Run.finish_epoch
 
         def finish_and_die(*arguments: Any) -> None:
             finish(*arguments)
             raise StoppedError
 
-        patch.setattr(training, "_finish_epoch", finish_and_die)
+        patch.setattr(training._Run, "finish_epoch", finish_and_die)
         with pytest.raises(StoppedError):
             cut.fit()
     assert [line for line in cut.lines() if "dev" in line]

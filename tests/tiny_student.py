@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 
-from bertemd_deploy.artifact import DataSlice
+from bertemd_deploy.answers import Answers, best_answers
+from bertemd_deploy.artifact import NOT_SCORED, DataSlice
 from bertemd_deploy.encoding import Encoded
+from bertemd_deploy.models import output_logits
+from bertemd_deploy.tasks import Kind
 
 torch.set_num_threads(1)  # matrices this small only wait for a second thread
 
@@ -19,8 +28,21 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = SPECIAL + [f"word{number}" for number in range(95)]
 
 
-def tiny_model(*, outputs: int = 2, seed: int = 0, **config: object) -> BertForSequenceClassification:
-    """Return a random classifier whose logits differ well from example to example."""
+HEADS = {
+    "token-classification": (BertForTokenClassification, "classifier"),
+    "question-answering": (BertForQuestionAnswering, "qa_outputs"),
+}
+LABELS: dict[str, tuple[str, ...]] = {
+    "classification": ("no", "yes"),
+    "regression": (),
+    "multilabel": ("joy", "love", "fear"),
+    "token-classification": ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
+    "question-answering": (),
+}
+
+
+def tiny_model(*, outputs: int = 2, seed: int = 0, kind: Kind = "classification", **config: object) -> torch.nn.Module:
+    """Return a random model whose logits differ well from example to example."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": len(VOCABULARY),
@@ -30,7 +52,8 @@ def tiny_model(*, outputs: int = 2, seed: int = 0, **config: object) -> BertForS
         "intermediate_size": 64,
         "max_position_embeddings": 64,
     }
-    model = BertForSequenceClassification(BertConfig(**(sizes | {"num_labels": outputs} | config)))
+    build, head_name = HEADS.get(kind, (BertForSequenceClassification, "classifier"))
+    model = build(BertConfig(**(sizes | {"num_labels": outputs} | config)))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("LayerNorm.weight"):
@@ -42,17 +65,21 @@ def tiny_model(*, outputs: int = 2, seed: int = 0, **config: object) -> BertForS
     model = model.eval()
     if outputs > 1:  # centre the logits, so that every class is chosen
         logits = torch_outputs(model, examples(64, longest=min(32, model.config.max_position_embeddings), seed=9))
+        head = getattr(model, head_name)
         with torch.no_grad():
-            model.classifier.weight.mul_(4 / logits.std())
-            model.classifier.bias.copy_(torch.zeros(outputs))
+            head.weight.mul_(4 / logits.std())
+            head.bias.copy_(torch.zeros(outputs))
             logits = torch_outputs(model, examples(64, longest=min(32, model.config.max_position_embeddings), seed=9))
-            model.classifier.bias.copy_(-torch.from_numpy(np.median(logits, axis=0)))
+            head.bias.copy_(-torch.from_numpy(np.median(logits, axis=0)))
     return model
 
 
-def write_student(folder: Path, *, labels: tuple[str, ...] = ("no", "yes"), **config: object) -> Path:
+def write_student(
+    folder: Path, *, labels: tuple[str, ...] | None = None, kind: Kind = "classification", **config: object
+) -> Path:
     """Write a student folder as transformers 5 does: no vocab.txt, no special_tokens_map.json."""
-    model = tiny_model(outputs=len(labels) or 1, **config)
+    labels = LABELS[kind] if labels is None else labels
+    model = tiny_model(outputs=2 if kind == "question-answering" else len(labels) or 1, kind=kind, **config)
     if labels:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: number for number, label in enumerate(labels)}
@@ -80,20 +107,47 @@ def examples(count: int, *, longest: int = 32, seed: int = 0) -> Encoded:
     return Encoded(np.concatenate(tokens).astype(np.int32), np.concatenate(types), offsets)
 
 
+def questions(part: Encoded) -> Answers:
+    """Return the rows' second segments, without their last token, as contexts: their words between blanks."""
+    spans = np.full((len(part.tokens), 2), -1, dtype=np.int32)
+    contexts = []
+    for row in range(len(part)):
+        at = np.arange(part.offsets[row], part.offsets[row + 1])
+        context = ""
+        for token in at[part.types[at] == 1][:-1]:
+            word = VOCABULARY[part.tokens[token]]
+            context += " " * bool(context)
+            spans[token] = len(context), len(context) + len(word)
+            context += word
+        contexts.append(context)
+    rows = len(part)
+    return Answers(np.arange(rows, dtype=np.int32), spans, tuple(contexts), (("",),) * rows, ("",) * rows)
+
+
 def torch_outputs(model: torch.nn.Module, part: Encoded) -> np.ndarray:
-    """Return the model's logits of every example, each run alone."""
+    """Return the model's logits of every example, each run alone; ragged as the tokens where each has its own."""
     rows = []
     with torch.inference_mode():
         for row in range(len(part)):
             inputs = {name: torch.from_numpy(value) for name, value in part.batch([row], pad_id=0).items()}
-            rows.append(model(**inputs).logits.numpy()[0])
-    return np.stack(rows)
+            rows.append(output_logits(model(**inputs)).numpy()[0])
+    return np.concatenate(rows) if rows[0].ndim == 2 else np.stack(rows)
 
 
-def labelled(model: torch.nn.Module, count: int, *, seed: int = 0, regression: bool = False) -> DataSlice:
+def labelled(model: torch.nn.Module, count: int, *, seed: int = 0, kind: Kind = "classification") -> DataSlice:
     """Return examples labelled with the model's own output, so that the fp32 model scores 1."""
     part = examples(count, seed=seed)
     logits = torch_outputs(model, part)
-    if regression:
-        return DataSlice(part, logits[:, 0].astype(np.float32))
+    if kind == "regression":
+        return DataSlice(part, logits[:, 0].astype(np.float32), kind)
+    if kind == "multilabel":
+        return DataSlice(part, (logits > 0).astype(np.float32), kind)
+    if kind == "token-classification":
+        special = np.isin(part.tokens, (2, 3))
+        return DataSlice(part, np.where(special, NOT_SCORED, logits.argmax(axis=-1)).astype(np.int64), kind)
+    if kind == "question-answering":
+        gold = questions(part)
+        found = best_answers(logits, offsets=part.offsets, gold=gold, null=False)
+        accepted = tuple((answer.text,) for answer in found)
+        return DataSlice(part, np.zeros((count, 2), dtype=np.int64), kind, replace(gold, accepted=accepted))
     return DataSlice(part, logits.argmax(axis=-1).astype(np.int64))

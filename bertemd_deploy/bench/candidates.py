@@ -34,7 +34,7 @@ class Candidate:
         model_bytes: weights or graph on disk.
         layers, hidden: shape, None where unknown.
         parameters: count, None where unknown.
-        outputs: its column of logits for each of the artifact's labels, in their order.
+        outputs: its column of logits for each of the artifact's labels, in their order; start and end for answers.
     """
 
     model: str
@@ -86,7 +86,7 @@ def students(artifact: Artifact, graphs: Sequence[str] | None) -> tuple[list[Can
                 shape.get("layers"),
                 shape.get("hidden"),
                 shape.get("parameters"),
-                tuple(range(max(1, len(artifact.labels)))),
+                tuple(range(artifact.outputs)),
             )
         )
     return found, [f"graphs {absent} left out: the artifact does not hold them"] if absent else []
@@ -149,6 +149,7 @@ def _check_inputs(teacher: Path, artifact: Artifact, config: dict[str, Any]) -> 
 def teachers(teacher: Path, artifact: Artifact, *, scratch: Path) -> tuple[list[Candidate], list[str]]:
     """Return the teacher in PyTorch and, exported once into `scratch`, in ONNX Runtime; and notes for the record.
 
+    A teacher of another family than BERT, whose graph is not written here, is in PyTorch alone, and a note says so.
     Without torch, a folder that holds `onnx/model.onnx` serves as an ONNX Runtime teacher alone.
 
     Raises:
@@ -158,12 +159,16 @@ def teachers(teacher: Path, artifact: Artifact, *, scratch: Path) -> tuple[list[
     """
     if not teacher.is_dir():
         raise ModelError(
-            f"{teacher}: there is no such folder. The teacher is a Hugging Face sequence-classification folder."
+            f"{teacher}: there is no such folder. The teacher is a Hugging Face folder of a fine-tuned model."
         )
     if not (teacher / "config.json").is_file():
-        raise ModelError(f"{teacher}: no config.json. The teacher is a Hugging Face sequence-classification folder.")
+        raise ModelError(f"{teacher}: no config.json. The teacher is a Hugging Face folder of a fine-tuned model.")
     config = read_json(teacher / "config.json", what="teacher's configuration")
-    outputs, unnamed = output_order(config, labels=artifact.labels, where=teacher)
+    outputs: tuple[int, ...] = (0, 1)
+    unnamed = None
+    if artifact.kind != "question-answering":  # whose two outputs have no names
+        outputs, unnamed = output_order(config, labels=artifact.labels, where=teacher)
+    notes = [unnamed] if unnamed else []
     _check_inputs(teacher, artifact, config)
     layers, hidden = config.get("num_hidden_layers"), config.get("hidden_size")
     missing = [package for package in TRAINING_PACKAGES if importlib.util.find_spec(package) is None]
@@ -172,13 +177,16 @@ def teachers(teacher: Path, artifact: Artifact, *, scratch: Path) -> tuple[list[
     if not missing:
         size = weight_bytes(teacher)
         found.append(Candidate("teacher", "pytorch", None, "fp32", teacher, size, layers, hidden, None, outputs))
+        family = config.get("model_type", "bert")
+        if family != "bert":
+            return found, [*notes, f"the teacher is measured in PyTorch only: the graph of a {family} is not written"]
         graph = scratch / "teacher.onnx"
         _export(teacher, graph, artifact)
     elif not graph.is_file():
         raise missing_extra("train", package=missing[0])
     size = graph_bytes(graph)
     found.append(Candidate("teacher", "onnxruntime", "fp32", "fp32", graph, size, layers, hidden, None, outputs))
-    return found, [unnamed] if unnamed else []
+    return found, notes
 
 
 def _export(teacher: Path, path: Path, artifact: Artifact) -> None:
@@ -186,4 +194,5 @@ def _export(teacher: Path, path: Path, artifact: Artifact) -> None:
     defaults = ExportSettings()
     opset = (artifact.manifest["files"].get(GRAPHS["fp32"]) or {}).get("opset") or defaults.opset
     with Worker("teacher export", threads=1) as worker:
-        worker.request("export", teacher=str(teacher), path=str(path), exporter=defaults.exporter, opset=opset)
+        request = {"teacher": str(teacher), "path": str(path), "exporter": defaults.exporter, "opset": opset}
+        worker.request("export", kind=artifact.kind, **request)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bertemd_deploy.artifact import SCHEMA_VERSION, Artifact
+from bertemd_deploy.artifact import NOT_SCORED, SCHEMA_VERSION, Artifact, DataSlice
 from bertemd_deploy.bench import environment
 from bertemd_deploy.bench.candidates import Candidate, students, teachers
 from bertemd_deploy.bench.passes import CellResult, Profile, profile, time_cells
@@ -28,9 +28,10 @@ from bertemd_deploy.bench.statistics import speedup, summarize
 from bertemd_deploy.bench.workload import Cell, plan_cells
 from bertemd_deploy.config import BenchSettings
 from bertemd_deploy.console import note, progress, warn
+from bertemd_deploy.decisions import same_decisions
 from bertemd_deploy.errors import MeasurementError
 from bertemd_deploy.files import claim_folder, write_json
-from bertemd_deploy.metrics import decisions, evaluate_metrics
+from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.runtime import CpuLimits, cpu_limits
 
 RECORD = "record.json"
@@ -49,7 +50,7 @@ def bench(
 
     Args:
         artifact: an artifact folder.
-        teacher: Hugging Face sequence-classification folder the speed-ups are against; None measures the student alone.
+        teacher: Hugging Face folder that the speed-ups are against; None measures the student alone.
         out: folder for `record.json`.
         settings: what to measure and for how long.
         force: write into `out` even if it holds something else.
@@ -83,14 +84,14 @@ def bench(
         for line in notes:
             note(f"bench: {line}")
         before = environment.conditions()
-        profiles, results = _run(candidates, cells, artifact=loaded, settings=settings)
+        profiles, metrics, results = _run(candidates, cells, artifact=loaded, settings=settings)
     if disturbed := sum(result.disturbed for result in results):
         notes.append(
             f"other programs took CPU time in {disturbed} of {len(results)} cells; no speed-up is claimed there. "
             "Measure again on an idle machine"
         )
         warn(f"bench: {notes[-1]}.")
-    entries = _model_entries(candidates, profiles, artifact=loaded)
+    entries = _model_entries(candidates, profiles, metrics, part=loaded.evaluation())
     baseline = candidates[0] if teacher else None
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -122,50 +123,64 @@ def _usable_cpus(limits: CpuLimits) -> int:
 
 def _run(
     candidates: Sequence[Candidate], cells: Sequence[Cell], *, artifact: Artifact, settings: BenchSettings
-) -> tuple[list[Profile], list[CellResult]]:
-    """Run all passes under one progress bar."""
+) -> tuple[list[Profile], list[dict[str, float]], list[CellResult]]:
+    """Run all passes under one progress bar; return profiles and metrics by model, and the cells' timings.
+
+    Raises:
+        MeasurementError: a worker died, or outputs are not finite, which is known before anything is timed.
+    """
     most_threads = max(cell.threads for cell in cells)
+    part = artifact.evaluation()
     profiles: list[Profile] = []
+    metrics: list[dict[str, float]] = []
     results: list[CellResult] = []
     with progress("measuring", len(candidates) + len(cells)) as bar:
         for candidate in candidates:
-            profiles.append(profile(candidate, artifact=artifact, settings=settings, threads=most_threads))
-            bar.advance(detail=f"memory, accuracy, cold start: {candidate.name}")
+            measured = profile(candidate, artifact=artifact, settings=settings, threads=most_threads)
+            profiles.append(measured)
+            metrics.append(_metrics(candidate, measured, artifact=artifact, part=part))
+            bar.advance(detail=f"memory, scores, cold start: {candidate.name}")
 
         def done(cell: Cell) -> None:
             bar.advance(detail=f"batch {cell.batch}, {cell.sequence} tokens, {cell.threads} threads")
 
         for _, group in groupby(cells, key=lambda cell: cell.threads):
             results += time_cells(candidates, list(group), artifact=artifact, settings=settings, done=done)
-    return profiles, results
+    return profiles, metrics, results
+
+
+def _metrics(candidate: Candidate, measured: Profile, *, artifact: Artifact, part: DataSlice) -> dict[str, float]:
+    names = artifact.metric_names
+    try:
+        return evaluate_metrics(names, logits=measured.logits, part=part, label_names=artifact.labels)
+    except ValueError as error:
+        raise MeasurementError(
+            f"bench, {candidate.name}: its outputs on the evaluation slice are not usable ({error}). Export it again."
+        ) from error
 
 
 def _model_entries(
-    candidates: Sequence[Candidate], profiles: Sequence[Profile], *, artifact: Artifact
+    candidates: Sequence[Candidate],
+    profiles: Sequence[Profile],
+    metrics: Sequence[dict[str, float]],
+    *,
+    part: DataSlice,
 ) -> list[dict[str, Any]]:
     """Return one `models` entry per candidate: identity, size, metrics, memory, cold start, agreement.
 
     Raises:
-        MeasurementError: outputs are not finite, or the teacher's exported graph is not the teacher.
+        MeasurementError: the teacher's exported graph is not the teacher.
     """
-    labels = artifact.evaluation().labels
     reference = profiles[0].logits if candidates[0].model == "teacher" else None
     # The same weights in another file: what PyTorch counted holds for the graph as well.
-    teacher_parameters = next((part.parameters for part in profiles if part.parameters is not None), None)
+    teacher_parameters = next((one.parameters for one in profiles if one.parameters is not None), None)
     entries = []
     for at, (candidate, measured) in enumerate(zip(candidates, profiles, strict=True)):
-        try:
-            metrics = evaluate_metrics(artifact.metric_names, logits=measured.logits, labels=labels)
-        except ValueError as error:
-            raise MeasurementError(
-                f"bench, {candidate.name}: its outputs on the evaluation slice are not usable ({error}). Export it again."
-            ) from error
         agreement = None
         if reference is not None and at > 0:
             if candidate.model == "teacher":
                 _check_teacher_graph(reference, measured.logits)
-            if artifact.labels:
-                agreement = float((decisions(reference) == decisions(measured.logits)).mean())
+            agreement = _agreement(reference, measured.logits, part=part)
         entries.append(
             {
                 "name": candidate.name,
@@ -177,15 +192,23 @@ def _model_entries(
                 "layers": candidate.layers,
                 "hidden": candidate.hidden,
                 "parameters": teacher_parameters if candidate.model == "teacher" else measured.parameters,
-                "metrics": metrics,
+                "metrics": metrics[at],
                 "agreement_with_teacher": agreement,
-                "evaluated_examples": len(labels),
+                "evaluated_examples": len(part) if part.gold is None else len(part.gold.contexts),
                 "cold_start_ms": measured.cold_start_ms,
                 "peak_rss_bytes": measured.peak_rss_bytes,
                 "rss_after_import_bytes": measured.rss_after_import_bytes,
             }
         )
     return entries
+
+
+def _agreement(reference: NDArray[np.float32], logits: NDArray[np.float32], *, part: DataSlice) -> float | None:
+    """Return the share of decisions that are the teacher's (of scored tokens where each has one); None for regression."""
+    if part.kind == "regression":
+        return None
+    same = same_decisions(part.kind, expected=reference, found=logits, offsets=part.examples.offsets)
+    return float((same[part.labels != NOT_SCORED] if part.kind == "token-classification" else same).mean())
 
 
 def _check_teacher_graph(torch_logits: NDArray[np.float32], graph_logits: NDArray[np.float32]) -> None:

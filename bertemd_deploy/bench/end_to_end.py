@@ -1,4 +1,4 @@
-"""From text to decision, as a served request goes: tokenise, pad, run, softmax, label."""
+"""From text to decision, as a served request goes: tokenise, pad, run, decide."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from bertemd_deploy.artifact import Artifact
-from bertemd_deploy.encoding import Encoded, TextEncoder
-from bertemd_deploy.metrics import decisions
+from bertemd_deploy.classifier import Classifier
+from bertemd_deploy.encoding import Encoded
+from bertemd_deploy.predictions import Prediction
 
 if TYPE_CHECKING:
     from bertemd_deploy.bench.workload import Inputs
+
+
+_WHOLE = 2**31  # rows of a batch: a request is never divided
 
 
 class Answerer:
     """Answers texts with a model; also makes the texts, since an artifact carries tokens only."""
 
     def __init__(self, artifact: Artifact, *, run: Callable[[Inputs], NDArray[np.float32]]) -> None:
-        """Load the tokenizer of `artifact`; `run` maps a batch of inputs to its (batch, outputs) logits."""
-        self._encoder = TextEncoder.load(artifact.folder, max_length=artifact.max_length)
+        """Load the tokenizer of `artifact`; `run` maps a batch of inputs to its logits."""
         self._decoder = Tokenizer.from_file(str(artifact.folder / "tokenizer.json"))
-        self._labels = artifact.labels
-        self._run = run
+        self._classifier = Classifier.of(artifact, run, graph="measured", batch_size=_WHOLE)
 
     def texts(self, examples: Encoded) -> tuple[list[str], list[str] | None]:
         """Return the rows as texts, special tokens left out; second segments too where a row has one, else None."""
@@ -38,12 +40,6 @@ class Answerer:
         first, second = segments
         return first, second if examples.types.any() else None
 
-    def answer(self, texts: list[str], pairs: list[str] | None) -> list[tuple[str | None, float]]:
-        """Return one (label, probability) per text, or (None, value) for regression."""
-        examples = self._encoder.encode(texts, pairs)
-        logits = self._run(examples.batch(range(len(examples)), pad_id=self._encoder.pad_id))
-        if not self._labels:
-            return [(None, float(value)) for value in logits[:, 0]]
-        exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        scores = exponentials / exponentials.sum(axis=-1, keepdims=True)
-        return [(self._labels[at], float(scores[row, at])) for row, at in enumerate(decisions(logits))]
+    def answer(self, texts: list[str], pairs: list[str] | None) -> list[Prediction]:
+        """Return one prediction per text, all run as one batch; a text too long for the model adds rows to it."""
+        return self._classifier.predict(texts, pairs)

@@ -6,10 +6,12 @@ where nothing is warm, and timing where each model takes its turn in every round
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -42,7 +44,8 @@ class Profile:
     """What is known of a model before it is timed.
 
     Attributes:
-        logits: (n, labels) float32 over the evaluation slice, columns in the artifact's label order.
+        logits: (n, outputs) float32 over the evaluation slice, or ragged, (sum of lengths, outputs), of a model that
+            reads every token; columns in the artifact's label order.
         cold_start_ms: import, load, first: medians over fresh processes; and their number, n.
         peak_rss_bytes: over rows of mixed lengths at every batch size, without timing; None where not measurable.
         rss_after_import_bytes: before the model was loaded.
@@ -101,10 +104,11 @@ def profile(candidate: Candidate, *, artifact: Artifact, settings: BenchSettings
         MeasurementError: a worker died or could not open the model.
     """
     fields = _open_fields(candidate, artifact=artifact, threads=threads, seed=settings.seed)
-    with Worker(candidate.name, threads=threads) as worker:
+    with Worker(candidate.name, threads=threads) as worker, tempfile.TemporaryDirectory() as folder:
         opened = worker.request("open", **fields)
         memory = worker.request("memory", batches=sorted(set(settings.batch_sizes)))
-        logits = np.asarray(worker.request("evaluate")["logits"], dtype=np.float32)
+        worker.request("evaluate", out=str(Path(folder) / "logits.npy"))
+        logits: NDArray[np.float32] = np.load(Path(folder) / "logits.npy", allow_pickle=False)
     starts = []
     for _ in range(COLD_STARTS):
         with Worker(candidate.name, threads=threads) as worker:

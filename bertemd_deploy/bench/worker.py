@@ -6,7 +6,7 @@ the "open" command, which times the imports. A known failure is answered as {"er
 with its traceback on stderr, and `process.Worker` turns that into a sentence.
 
 Commands: "open" (backend, path, threads, artifact, seed), "first" (sequence), "warm" and "turn" (a cell, see `_calls`),
-"memory" (batches), "evaluate", "export" (teacher, path, exporter, opset).
+"memory" (batches), "evaluate" (out), "export" (teacher, path, exporter, opset, kind).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
-from bertemd_deploy.errors import BertemdError, ModelError
+from bertemd_deploy.errors import BertemdError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from bertemd_deploy.artifact import Artifact
     from bertemd_deploy.bench.end_to_end import Answerer
     from bertemd_deploy.bench.workload import Inputs, Workload
+    from bertemd_deploy.tasks import Kind
 
 IMPORTS = {
     "onnxruntime": ("numpy", "onnxruntime", "tokenizers"),
     "pytorch": ("torch", "transformers.models.auto.modeling_auto"),
 }
-EVALUATION_BATCH = 32
 
 
 class Model(Protocol):
@@ -45,7 +45,7 @@ class Model(Protocol):
     parameters: int | None
 
     def run(self, inputs: Inputs) -> NDArray[np.float32]:
-        """Return the (batch, outputs) logits of one batch."""
+        """Return the logits of one batch, (batch, outputs) or (batch, sequence, outputs)."""
 
 
 class OnnxModel:
@@ -53,57 +53,42 @@ class OnnxModel:
 
     parameters: int | None = None
 
-    def __init__(self, path: Path, *, threads: int) -> None:
+    def __init__(self, path: Path, *, artifact: Artifact, threads: int) -> None:
         """Open the graph at `path`."""
         from bertemd_deploy.runtime import open_session, run_session
 
         self._run = partial(run_session, open_session(path, threads=threads))
 
     def run(self, inputs: Inputs) -> NDArray[np.float32]:
-        """Return the (batch, outputs) logits of one batch."""
+        """Return the logits of one batch, (batch, outputs) or (batch, sequence, outputs)."""
         return self._run(inputs)
 
 
 class TorchModel:
-    """A Hugging Face sequence-classification folder in PyTorch, fp32 with `sdpa` attention."""
+    """A Hugging Face folder with the task's head in PyTorch, fp32, with the family's fastest attention."""
 
-    def __init__(self, path: Path, *, threads: int) -> None:
-        """Load the folder at `path`.
+    def __init__(self, path: Path, *, artifact: Artifact, threads: int) -> None:
+        """Load the folder at `path` for the artifact's task.
 
         Raises:
             ModelError: the folder cannot be loaded, or leaves weights at random values.
         """
-        import inspect
-
         import torch
-        from transformers import AutoModelForSequenceClassification
+
+        from bertemd_deploy.models import load_classifier, output_logits
 
         torch.set_num_threads(threads)
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, attn_implementation="sdpa", dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"{path}: transformers cannot load the teacher ({str(error).strip()[:300]}). "
-                "Name a sequence-classification folder."
-            ) from error
-        if missing := sorted(info["missing_keys"]):
-            raise ModelError(
-                f"{path}: the teacher has no weights for {', '.join(missing[:3])} ({len(missing)} in all), which would stay "
-                "random. Name a fine-tuned sequence-classification folder."
-            )
         self._torch = torch
-        self._model = model.eval()
-        self._accepted = set(inspect.signature(model.forward).parameters)
-        self.parameters: int | None = sum(weight.numel() for weight in model.parameters())
+        self._logits = output_logits
+        self._model = load_classifier(path, labels=artifact.labels, kind=artifact.kind)
+        self.parameters: int | None = sum(weight.numel() for weight in self._model.parameters())
 
     def run(self, inputs: Inputs) -> NDArray[np.float32]:
-        """Return the (batch, outputs) logits of one batch."""
+        """Return the logits of one batch, (batch, outputs) or (batch, sequence, outputs)."""
         torch = self._torch
         with torch.inference_mode():
-            tensors = {name: torch.from_numpy(array) for name, array in inputs.items() if name in self._accepted}
-            logits: NDArray[np.float32] = self._model(**tensors).logits.numpy()
+            output = self._model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        logits: NDArray[np.float32] = self._logits(output).numpy()
         return logits
 
 
@@ -129,11 +114,11 @@ class Session:
         from bertemd_deploy.bench.memory import rss_bytes
         from bertemd_deploy.bench.workload import Workload
 
+        self._artifact = Artifact.load(Path(artifact))
         rss = rss_bytes()
         loading = time.perf_counter()
-        self._model = MODELS[backend](Path(path), threads=threads)
+        self._model = MODELS[backend](Path(path), artifact=self._artifact, threads=threads)
         loaded = time.perf_counter()
-        self._artifact = Artifact.load(Path(artifact))
         self._workload = Workload.load(self._artifact, seed=seed)
         return {
             "import_ms": 1000 * (imported - started),
@@ -172,25 +157,23 @@ class Session:
                 self._model.run(inputs)
         return {"peak_rss_bytes": peak_rss_bytes()}
 
-    def evaluate(self) -> dict[str, Any]:
-        """Run the whole evaluation slice: logits, (n, outputs) in the slice's order."""
-        from bertemd_deploy.encoding import length_batches
+    def evaluate(self, *, out: str) -> dict[str, Any]:
+        """Run the whole evaluation slice and write its logits, shaped by `runtime.collect_logits`, to the npy file `out`."""
+        import numpy as np
+
+        from bertemd_deploy.runtime import collect_logits
 
         examples = self._workload.evaluation.examples
-        logits: list[list[float]] = [[] for _ in range(len(examples))]
-        for rows in length_batches(examples.lengths, batch_size=EVALUATION_BATCH):
-            part = self._model.run(examples.batch(rows, pad_id=self._workload.pad_id))
-            for row, values in zip(rows, part.tolist(), strict=True):
-                logits[row] = values
-        return {"logits": logits}
+        np.save(out, collect_logits(self._model.run, examples, pad_id=self._workload.pad_id), allow_pickle=False)
+        return {}
 
     def export(
-        self, *, teacher: str, path: str, exporter: Literal["torchscript", "dynamo"], opset: int
+        self, *, teacher: str, path: str, exporter: Literal["torchscript", "dynamo"], opset: int, kind: Kind
     ) -> dict[str, Any]:
         """Write the teacher as an fp32 ONNX graph."""
         from bertemd_deploy.export import export_fp32
 
-        export_fp32(Path(teacher), Path(path), exporter=exporter, opset=opset)
+        export_fp32(Path(teacher), Path(path), exporter=exporter, opset=opset, kind=kind)
         return {}
 
     def _calls(

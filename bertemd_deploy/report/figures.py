@@ -1,4 +1,4 @@
-"""Figures of one device: latency against length, accuracy against latency, memory and size, cold start."""
+"""Figures of one device: latency against length, score against latency, memory and size, cold start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def device_figures(comparison: Comparison, *, name: str) -> list[Drawing]:
     """Return the figures of one device, in the page's order, leaving out those whose numbers were not measured."""
     found = (
         latency_by_length(comparison.record, name=name),
-        accuracy_by_latency(comparison, name=name),
+        score_by_latency(comparison, name=name),
         memory_and_size(comparison, name=name),
         cold_start(comparison, name=name),
     )
@@ -120,7 +120,7 @@ def _plain_log_axis(axes: Axes, values: Sequence[float], *, which: str = "y") ->
     axes.minorticks_off()
 
 
-def accuracy_by_latency(comparison: Comparison, *, name: str) -> Drawing | None:
+def score_by_latency(comparison: Comparison, *, name: str) -> Drawing | None:
     """Return each model's gating metric against its median latency, with the edge no other model beats on both."""
     metric = next(iter(comparison.record.metric_names), None)
     points: dict[Variant, tuple[float, float]] = {}

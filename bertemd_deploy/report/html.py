@@ -51,7 +51,7 @@ def to_html(comparisons: Sequence[Comparison]) -> str:
     sections = [
         _section("verdict", "Verdict", [_verdict(comparison, alone=len(records) == 1) for comparison in comparisons]),
         _section("comparison", "Side by side", _per_device(comparisons, _comparison)),
-        _section("figures", "Speed, accuracy and memory", _per_device(comparisons, _device_figures)),
+        _section("figures", "Speed, score and memory", _per_device(comparisons, _device_figures)),
         _section("mapping", "Which teacher layer taught which", _distillation(records)),
         _section("quantization", "Quantization and parity", _quantization(records)),
         _section(

@@ -136,12 +136,19 @@ def _cpu_time(entry: Mapping[str, Any]) -> str:
     return milliseconds(None if seconds is None else 1000 * seconds)
 
 
+_DECISIONS = {  # what "the same decision" means, by kind of task
+    "classification": ", and the share of inputs with the same decision",
+    "regression": "",
+    "multilabel": ", and the share of inputs with the same labels",
+    "token-classification": ", and the share of tokens with the same tag",
+    "question-answering": ", and the share of windows with the same best span",
+}
+
+
 def parity_table(record: Record) -> Table | None:
     """Return how far each graph's answers lie from the torch student's, or None where that is not recorded."""
-    caption = (
-        "Each graph against the torch student on the same inputs: the largest absolute difference of a logit, and "
-    )
-    caption += "the share of inputs with the same decision."
+    caption = "Each graph against the torch student on the same inputs: the largest absolute difference of a logit"
+    caption += _DECISIONS.get(str(dig(record.artifact, "task", "kind")), _DECISIONS["classification"]) + "."
     allowed = number(dig(record.artifact, "parity", "max_abs_logit_difference_allowed"))
     if allowed is not None:
         caption += f" An fp32 graph that differs by more than {plain('', allowed)} is not handed out."

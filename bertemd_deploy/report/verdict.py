@@ -40,7 +40,7 @@ def verdict(comparison: Comparison) -> str:
         return f"{_place(record)}, no student was measured."
     layers = number(dig(record.artifact, "student", "layers"))
     name = f"the {int(layers)}-layer " if layers else "the "
-    facts = [_accuracy(record, student, teacher), _speed(comparison, student, teacher)]
+    facts = [_score_kept(record, student, teacher), _speed(comparison, student, teacher)]
     said = [fact for fact in facts if fact]
     if not said:
         said = ["was measured"]
@@ -63,7 +63,7 @@ def _place(record: Record) -> str:
     return f"On this {machine}" + (f" ({kind})" if kind and kind != "measured" else "")
 
 
-def _accuracy(record: Record, student: Row, teacher: Row | None) -> str | None:
+def _score_kept(record: Record, student: Row, teacher: Row | None) -> str | None:
     name = next(iter(record.metric_names), None)
     own = student.metrics.get(name) if name else None
     if name is None or own is None:

@@ -74,6 +74,14 @@ def test_regression_teacher_has_one_output(tmp_path):
     assert output_order({"id2label": {"0": "LABEL_0"}}, labels=[], where=tmp_path) == ((0,), None)
 
 
+def test_teacher_of_another_family_is_measured_in_pytorch_alone(artifact, tmp_path):
+    teacher = write_graph_teacher(tmp_path / "teacher", model_type="roberta")
+    (teacher / "model.safetensors").write_bytes(b"weights")
+    (found,), notes = teachers(teacher, artifact, scratch=tmp_path)
+    assert found.name == "teacher pytorch fp32"
+    assert notes == ["the teacher is measured in PyTorch only: the graph of a roberta is not written"]
+
+
 @pytest.mark.usefixtures("no_torch")
 def test_ready_graph_serves_where_torch_is_missing(artifact, graph_teacher, tmp_path):
     (found,), notes = teachers(graph_teacher, artifact, scratch=tmp_path)

@@ -5,13 +5,22 @@ import math
 
 import numpy as np
 import pytest
-from tiny_artifact import MAX_LENGTH, write_artifact, write_tokenizer
+from tiny_artifact import (
+    MAX_LENGTH,
+    lookup_tables,
+    write_artifact,
+    write_graph_teacher,
+    write_lookup,
+    write_other_artifact,
+    write_tokenizer,
+)
 
 from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.bench import compare, passes
 from bertemd_deploy.bench.compare import artifact_excerpt, bench
 from bertemd_deploy.config import BenchSettings
 from bertemd_deploy.errors import ArtifactError, MeasurementError
+from bertemd_deploy.report import report
 
 SMALL = BenchSettings(
     sequence_lengths=(4, "max", 64),
@@ -83,6 +92,37 @@ def test_record_of_teacher_and_student(artifact_folder, graph_teacher, tmp_path)
             low, high = part["speedup_vs_teacher"]["ci95"]
             assert low <= high
             assert part["speedup_vs_teacher"]["claimed"] is (low > 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics", "examples"),
+    [
+        ("token-classification", {"entity_f1": 1.0}, 12),
+        ("question-answering", {"f1_squad": 1.0, "exact_match": 1.0}, 4),
+    ],
+)
+@pytest.mark.usefixtures("no_torch", "quiet_machine")
+def test_kinds_that_decide_on_tokens(tmp_path, kind, metrics, examples):
+    """From bench to the report's page; the teacher's graph has its tags in another order."""
+    folder = write_other_artifact(tmp_path / "artifact", kind)
+    teacher = write_graph_teacher(tmp_path / "teacher", id2label={"0": "B-loc", "1": "O", "2": "B-per"})
+    tables = lookup_tables(kind)
+    if "logits" in tables:
+        tables = {"logits": tables["logits"][:, [2, 0, 1]]}
+    write_lookup(teacher / "onnx/model.onnx", tables)
+    settings = BenchSettings(
+        sequence_lengths=(4,), batch_sizes=(2,), threads=(1,), rounds=2, seconds_per_cell=0.004, graphs=("fp32",)
+    )
+    record = bench(folder, teacher=teacher, out=tmp_path / "bench", settings=settings)
+    assert [entry["metrics"] for entry in record["models"]] == [metrics] * 2
+    assert [entry["agreement_with_teacher"] for entry in record["models"]] == [None, 1.0]
+    assert [entry["evaluated_examples"] for entry in record["models"]] == [examples] * 2
+    whole = [part["end_to_end_ms"] for part in record["measurements"]]
+    assert [part is None for part in whole] == [part["sequence"] != "replay" for part in record["measurements"]]
+    page = report([tmp_path / "bench/record.json"], out=tmp_path / "report")
+    text = page.read_text() + (tmp_path / "report/report.md").read_text()
+    assert next(iter(metrics)) in text
+    assert "accuracy" not in text
 
 
 @pytest.mark.usefixtures("quiet_machine")

@@ -29,12 +29,12 @@ def test_pairs_come_back_as_two_segments(artifact, answerer):
 
 def test_answers_are_labels_with_softmax_scores(answerer):
     answers = answerer.answer(["the film was good", "bad film"], None)
-    assert [label for label, _ in answers] == ["positive", "negative"]
+    assert [answer.label for answer in answers] == ["positive", "negative"]
     # Logits [0.1, 2] and [2.1, 0].
-    assert [score for _, score in answers] == pytest.approx([1 / (1 + np.exp(-1.9)), 1 / (1 + np.exp(-2.1))])
+    assert [answer.score for answer in answers] == pytest.approx([1 / (1 + np.exp(-1.9)), 1 / (1 + np.exp(-2.1))])
 
 
 def test_regression_answers_are_values(tmp_path):
     artifact = Artifact.load(write_artifact(tmp_path, labels=[]))
     answerer = Answerer(artifact, run=lambda inputs: np.array([[2.5]] * len(inputs["input_ids"]), dtype=np.float32))
-    assert answerer.answer(["good", "bad"], None) == [(None, 2.5), (None, 2.5)]
+    assert [answer.score for answer in answerer.answer(["good", "bad"], None)] == [2.5, 2.5]

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from tiny_artifact import GOLD, MAX_LENGTH, write_graph
 
+from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.bench.process import COMMAND, Worker, worker_environment
+from bertemd_deploy.bench.worker import TorchModel
 from bertemd_deploy.errors import MeasurementError
 from bertemd_deploy.metrics import accuracy
 
@@ -44,7 +46,7 @@ def test_worker_ends_with_its_stdin():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_a_whole_session(artifact_folder):
+def test_a_whole_session(artifact_folder, tmp_path):
     with Worker("student fp32", threads=1) as worker:
         start = opened(worker, artifact_folder)
         assert start["import_ms"] > 0
@@ -61,7 +63,8 @@ def test_a_whole_session(artifact_folder):
                 "turn", lead=False, most_seconds=None, start=3, count=4, batch=3, sequence="replay", texts=texts
             )
             assert len(turn["samples_ms"]) == 4
-        logits = np.array(worker.request("evaluate")["logits"])
+        worker.request("evaluate", out=str(tmp_path / "logits.npy"))
+        logits = np.load(tmp_path / "logits.npy")
         assert logits.shape == (12, 2)
         assert accuracy(logits, GOLD) == 1.0
 
@@ -72,6 +75,26 @@ def test_peak_memory_is_that_of_the_model_and_not_of_a_large_parent(artifact_fol
         start = opened(worker, artifact_folder)
         peak = worker.request("memory", batches=[1, 8])["peak_rss_bytes"]
     assert start["rss_after_import_bytes"] <= peak < large.nbytes
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "token-classification", "question-answering"])
+def test_pytorch_models_have_the_tasks_head(tmp_path, kind):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from tiny_student import LABELS, examples, write_student
+
+    folder = write_student(tmp_path / "teacher", kind=kind)
+    manifest = {"task": {"kind": kind}, "labels": list(LABELS[kind])}
+    model = TorchModel(folder, artifact=Artifact(tmp_path, manifest), threads=1)
+    inputs = examples(3).batch([0, 1, 2], pad_id=0)
+    head = {"token-classification": "TokenClassification", "question-answering": "QuestionAnswering"}
+    plain = getattr(transformers, f"BertFor{head.get(kind, 'SequenceClassification')}").from_pretrained(folder).eval()
+    with torch.inference_mode():
+        output = plain(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    logits = model.run(inputs)
+    parts = [logits] if kind != "question-answering" else [logits[..., 0], logits[..., 1]]
+    for found, expected in zip(parts, output.values(), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert model.parameters == sum(weight.numel() for weight in plain.parameters())
 
 
 def test_a_damaged_graph_is_one_sentence(artifact_folder):
@@ -90,6 +113,6 @@ def test_a_graph_that_fails_when_run_ends_the_worker_with_its_reason(artifact_fo
     with Worker("student fp32", threads=1) as worker:
         opened(worker, artifact_folder)
         with pytest.raises(MeasurementError) as error:
-            worker.request("evaluate")
+            worker.request("evaluate", out=str(artifact_folder / "logits.npy"))
     assert "ended with exit code 1 during 'evaluate'" in str(error.value)
     assert "indices element out of data bounds" in str(error.value)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from bertemd_deploy.artifact import DataSlice, write_slices
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.files import sha256_file
+from bertemd_deploy.splits import QuestionSplit, TokenSplit
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "bad", "poor", "the", "film", "was", "very")
 TEXTS = (
@@ -72,6 +73,71 @@ def write_graph(path: Path, *, table: np.ndarray, bias: np.ndarray) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+
+
+def write_lookup(path: Path, tables: dict[str, np.ndarray]) -> None:
+    """Write a graph that looks every token up by itself: each output is its table's (vocabulary, …) rows."""
+    graph = helper.make_graph(
+        [helper.make_node("Gather", [f"{name}_table", "input_ids"], [name]) for name in tables],
+        "tiny",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "sequence", *table.shape[1:]])
+            for name, table in tables.items()
+        ],
+        [numpy_helper.from_array(table.astype(np.float32), f"{name}_table") for name, table in tables.items()],
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+
+
+def lookup_tables(kind: str) -> dict[str, np.ndarray]:
+    """Return weights that tag good words PER and bad ones LOC, or that answer from "was" to a good word."""
+    if kind == "token-classification":
+        table = np.zeros((len(WORDS), 3))
+        table[:, 0] = 1.0
+        table[[4, 5], 1] = table[[6, 7], 2] = 2.0
+        return {"logits": table}
+    start, end = np.zeros(len(WORDS)), np.zeros(len(WORDS))
+    start[10], end[[4, 5]] = 2.0, 2.0
+    return {"start_logits": start, "end_logits": end}
+
+
+def token_slice(encoder: TextEncoder) -> DataSlice:
+    """Return the texts' words with their right tags."""
+    words = [text.split() for text in TEXTS]
+    tags = {"good": 1, "fine": 1, "bad": 2, "poor": 2}
+    return TokenSplit(words, [[tags.get(word, 0) for word in row] for row in words]).encode(encoder)
+
+
+def question_slice(encoder: TextEncoder) -> DataSlice:
+    """Return four questions whose answers the graph finds, two of them on contexts of several windows."""
+    contexts = [
+        "the film was good",
+        "the very film was very fine",
+        "the film " * 5 + "was fine",
+        "was good" + " film" * 9,
+    ]
+    answers = [
+        [(text, context.index(text))]
+        for text, context in zip(("was good", "was very fine", "was fine", "was good"), contexts, strict=True)
+    ]
+    split = QuestionSplit(["a", "b", "c", "d"], ["the film"] * 4, contexts, answers, doc_stride=2)
+    return split.encode(encoder)
+
+
+def write_other_artifact(folder: Path, kind: str) -> Path:
+    """Write an artifact of a kind that decides on tokens, with the graphs "fp32" and "int8" (the same function)."""
+    write_tokenizer(folder)
+    for name in ("model", "model_quantized"):
+        write_lookup(folder / "onnx" / f"{name}.onnx", lookup_tables(kind))
+    encoder = TextEncoder.load(folder, max_length=MAX_LENGTH)
+    part = token_slice(encoder) if kind == "token-classification" else question_slice(encoder)
+    write_slices(folder / "eval.npz", {"evaluation": part, "calibration": part})
+    metrics = ["entity_f1"] if kind == "token-classification" else ["f1_squad", "exact_match"]
+    labels = ["O", "B-PER", "B-LOC"] if kind == "token-classification" else []
+    write_manifest(folder, task={"name": kind, "kind": kind, "metrics": metrics, "doc_stride": 2}, labels=labels)
+    return folder
 
 
 def sentiment_table() -> np.ndarray:

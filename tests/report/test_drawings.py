@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from bertemd_deploy.report.figures import accuracy_by_latency, latency_by_length, memory_and_size
+from bertemd_deploy.report.figures import latency_by_length, memory_and_size, score_by_latency
 from bertemd_deploy.report.mapping import distillation_figures, flow_maps, loss_curves, marginal_maps, matrix
 from bertemd_deploy.report.records import Record
 from bertemd_deploy.report.summary import compare
@@ -116,11 +116,11 @@ def test_latency_has_a_panel_for_fewest_and_most_threads(record) -> None:
 
 
 def test_accuracy_against_latency_needs_two_models(record) -> None:
-    assert accuracy_by_latency(compare(Record(record, "device")), name="x") is not None
+    assert score_by_latency(compare(Record(record, "device")), name="x") is not None
     record["models"], record["measurements"] = (
         [entry for entry in record[key] if entry["graph"] == "int8"] for key in ("models", "measurements")
     )
-    assert accuracy_by_latency(compare(Record(record, "device")), name="x") is None
+    assert score_by_latency(compare(Record(record, "device")), name="x") is None
 
 
 def test_bar_without_value_says_so(record) -> None:

@@ -112,7 +112,7 @@ def test_page_stands_in_the_order_a_reader_asks(full) -> None:
     assert headings == [
         "Verdict",
         "Side by side",
-        "Speed, accuracy and memory",
+        "Speed, score and memory",
         "Which teacher layer taught which",
         "Quantization and parity",
         "All measurements",

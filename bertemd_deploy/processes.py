@@ -1,0 +1,101 @@
+"""Training on several processes that share every batch: who this one is, and sums over all of them.
+
+`accelerate launch` and `torchrun` start the processes and say in the environment who is who; the collectives are torch's
+(gloo between CPUs, NCCL between GPUs). Every process holds the whole model and a share of each batch's rows. What is summed
+over all is little: two cost matrices before the flow is solved, and the gradients. Only the main process writes and speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bertemd_deploy.console import silence
+from bertemd_deploy.devices import training_device
+from bertemd_deploy.errors import RecipeError, TrainingError
+
+# The others' longest silence: a process that dies is noticed at once, one that hangs or loses its network after this.
+_PATIENCE = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those that train together; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up `tensor` over all processes, in place, and return it.
+
+        Raises:
+            TrainingError: another process died or does not answer.
+        """
+        if self.size > 1:
+            with _collective(self):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Return once every process is here.
+
+        Raises:
+            TrainingError: another process died or does not answer.
+        """
+        self.sum(torch.zeros(1, device=training_device()))
+
+
+@contextlib.contextmanager
+def _collective(processes: Processes) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise TrainingError(
+            f"process {processes.rank} of {processes.size}: another training process ended or does not answer ({reason}). "
+            "The last checkpoint is kept; the same command continues from it, on any number of processes."
+        ) from error
+
+
+def join_processes() -> Processes:
+    """Return this process's place, from the variables that `accelerate launch` and `torchrun` set; joins them once.
+
+    Raises:
+        RecipeError: the variables do not fit together.
+        TrainingError: the other processes cannot be reached.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "0")
+    if not size.isdigit() or not rank.isdigit() or not int(rank) < int(size):
+        raise RecipeError(
+            f"the environment says RANK={rank!r} of WORLD_SIZE={size!r}. Start several processes with `accelerate launch` or "
+            "`torchrun`, or unset both."
+        )
+    processes = Processes(int(rank), int(size))
+    if processes.size == 1:
+        return processes
+    if not processes.main:
+        silence()
+    if not dist.is_initialized():
+        backend = "nccl" if training_device().type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=_PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0][:160]
+            raise TrainingError(
+                f"process {rank} of {size}: the other training processes cannot be reached ({reason}). Check MASTER_ADDR and "
+                "MASTER_PORT, or start them together with `accelerate launch`."
+            ) from error
+    return processes

@@ -1,0 +1,121 @@
+"""The artifact's tokenizer files: other tools, told that the model is a BERT, read the teacher's ids from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_family import write_family_tokenizer
+from tokenizers import Tokenizer
+
+from bertemd_deploy.encoding import TextEncoder
+from bertemd_deploy.errors import ExportError
+from bertemd_deploy.families import FAMILIES
+from bertemd_deploy.handout import write_tokenizer
+
+TEXTS = ["the film was Lovely today!", "we saw a sad song, very dull"]
+FILES = {
+    "mpnet": {"vocab.txt"},
+    "roberta": {"vocab.json", "merges.txt"},
+    "deberta-v2": set(),
+}
+
+
+def written(tmp_path: Path, family: str, *, keep: tuple[str, ...] = ()) -> tuple[Path, Path]:
+    """Return the teacher's and the artifact's folder; `keep` names the teacher's files beside tokenizer.json, () all."""
+    teacher, artifact = tmp_path / "teacher", tmp_path / "artifact"
+    write_family_tokenizer(teacher, family)
+    if keep:
+        for path in teacher.iterdir():
+            if path.name not in ("tokenizer.json", *keep):
+                path.unlink()
+    artifact.mkdir()
+    write_tokenizer(teacher, artifact, max_length=24)
+    (artifact / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return teacher, artifact
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_teacher_s_ids_beside_a_bert(family: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    teacher, artifact = written(tmp_path, family)
+    plain = Tokenizer.from_file(str(teacher / "tokenizer.json"))
+    plain.no_padding()
+    plain.no_truncation()
+    loaded = AutoTokenizer.from_pretrained(artifact)
+    for pairs in (None, TEXTS[::-1]):
+        told = loaded(TEXTS, pairs)
+        rows = [plain.encode(text, pair) for text, pair in zip(TEXTS, pairs or [None, None], strict=True)]
+        assert told["input_ids"] == [row.ids for row in rows]
+        assert told["token_type_ids"] == [row.type_ids for row in rows]
+    assert loaded.model_max_length == 24
+    roles = json.loads((teacher / "special_tokens_map.json").read_text())
+    assert {role: token for role, token in loaded.special_tokens_map.items() if role in roles} == roles
+    assert loaded.pad_token_id == plain.token_to_id(roles["pad_token"])
+    encoder = TextEncoder.load(artifact, max_length=24)
+    assert encoder.encode(TEXTS).tokens.tolist() == [at for text in TEXTS for at in plain.encode(text).ids]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_files_are_those_of_the_kind_of_tokenizer(family: str, tmp_path: Path) -> None:
+    teacher, artifact = written(tmp_path, family)
+    common = {"config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {path.name for path in artifact.iterdir()} == common | FILES.get(family, {"vocab.txt"})
+    roles = json.loads((teacher / "special_tokens_map.json").read_text())
+    assert json.loads((artifact / "special_tokens_map.json").read_text()) == roles
+    named = json.loads((artifact / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert named == ("PreTrainedTokenizerFast" if family in FILES else "BertTokenizer")
+    if family == "mpnet":
+        stored = json.loads((artifact / "tokenizer.json").read_text())
+        assert stored["padding"] is stored["truncation"] is None
+        assert (artifact / "vocab.txt").read_text() == (teacher / "vocab.txt").read_text()
+    if family == "roberta":
+        for name in ("vocab.json", "merges.txt"):
+            theirs, ours = (teacher / name).read_text(), (artifact / name).read_text()
+            assert (
+                ours.splitlines() == theirs.splitlines()
+                if name == "merges.txt"
+                else json.loads(ours) == json.loads(theirs)
+            )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", ["special_tokens_map.json", "tokenizer.json"])
+def test_roles_are_found_where_no_config_names_them(family: str, keep: str, tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    write_family_tokenizer(reference, family)
+    roles = json.loads((reference / "special_tokens_map.json").read_text())
+    if family == "roberta" and keep == "tokenizer.json":
+        del roles["unk_token"]  # bytes are never unknown, so the model has none
+    _, artifact = written(tmp_path, family, keep=(keep,))
+    assert json.loads((artifact / "special_tokens_map.json").read_text()) == roles
+
+
+def test_where_the_tokenizer_once_lay_is_not_handed_out(tmp_path: Path) -> None:
+    teacher, artifact = tmp_path / "teacher", tmp_path / "artifact"
+    write_family_tokenizer(teacher, "bert")
+    config = json.loads((teacher / "tokenizer_config.json").read_text())
+    more = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "name_or_path": "/home/someone/model"}
+    unknown = {"unk_token": {"content": "[UNK]", "lstrip": False}}
+    (teacher / "tokenizer_config.json").write_text(json.dumps(config | more | unknown))
+    artifact.mkdir()
+    write_tokenizer(teacher, artifact, max_length=8)
+    assert json.loads((artifact / "tokenizer_config.json").read_text()) == config | {"model_max_length": 8}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"type": "WordLevel", "vocab": {"a": 0}}, "a WordLevel tokenizer; known: WordPiece, BPE, Unigram"),
+        ({"type": "Unigram", "vocab": {"a": 0}}, "a Unigram tokenizer; known"),
+        (None, "a damaged tokenizer; known"),
+        ({"type": "WordPiece", "vocab": {"a": 0, "b": 2}}, r"no token of id 1 \(2 tokens\)"),
+    ],
+)
+def test_tokenizers_that_cannot_be_handed_out(model: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "artifact").mkdir()
+    with pytest.raises(ExportError, match=message):
+        write_tokenizer(tmp_path, tmp_path / "artifact", max_length=8)
