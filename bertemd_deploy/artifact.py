@@ -108,6 +108,8 @@ class DataSlice:
         """Return what does not fit together in the arrays, or None."""
         examples, (dtype, dimensions) = self.examples, _LABELS[self.kind]
         offsets, tokens = examples.offsets, examples.tokens
+        if any(array.dtype.kind != "i" for array in (offsets, tokens, examples.types)):
+            return "tokens that are not whole numbers"
         if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (np.diff(offsets) < 0).any():
             return "row starts that do not ascend from 0"
         ragged = self.kind == "token-classification"

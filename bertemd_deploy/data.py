@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +30,8 @@ from bertemd_deploy.console import note
 from bertemd_deploy.demo import demo_rows
 from bertemd_deploy.errors import DataError, RecipeError, missing_extra
 from bertemd_deploy.records import read_names, read_records
-from bertemd_deploy.spans import OUTSIDE, is_entity_tag
-from bertemd_deploy.splits import AnySplit, QuestionSplit, Split, TokenSplit
+from bertemd_deploy.rows import Rows, make_split, names_of
+from bertemd_deploy.splits import AnySplit
 from bertemd_deploy.tasks import GLUE, TASKS, Task
 
 SPLITS = ("train", "dev")
@@ -55,18 +52,6 @@ class Dataset:
     def outputs(self) -> int:
         """Model outputs (of each token, where a task reads tokens): the number of labels, 2 for questions, or 1."""
         return 2 if self.task.kind == "question-answering" else len(self.labels) or 1
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Raw rows of one split: where each came from, its first and second value, and its label as written."""
-
-    where: list[str]
-    texts: list[Any]
-    pairs: list[Any] | None
-    labels: list[Any]
-    ids: list[str]
-    names: tuple[str, ...] = ()  # of labels written as numbers
 
 
 def load_data(
@@ -109,11 +94,12 @@ def load_data(
         rows = {split: _glue(path.removeprefix("glue/"), split, columns, label) for split in splits}
     else:
         rows = {split: _read_split(Path(path), split, kind, columns, label) for split in splits}
-    names = tuple(label_names or kind.labels) or _names(kind, rows[splits[0]])
+    named = kind.kind not in ("regression", "question-answering")
+    names = (tuple(label_names or kind.labels) or names_of(kind, rows[splits[0]])) if named else ()
     digest = hashlib.sha256(json.dumps([kind.name, names, train_limit]).encode())
     loaded: dict[str, AnySplit] = {}
     for split in splits:
-        loaded[split] = _split(kind, rows[split], names, known_from=splits[0], doc_stride=doc_stride)
+        loaded[split] = make_split(kind, rows[split], names, known_from=splits[0], doc_stride=doc_stride)
         digest.update(json.dumps([split, *loaded[split].content()]).encode())
     if train_limit is not None and "train" in loaded and train_limit < len(loaded["train"]):
         note(f"data: using {train_limit:,} of {len(loaded['train']):,} train rows (data.train_limit)")
@@ -165,13 +151,13 @@ def _subset(split: AnySplit, rows: int) -> AnySplit:
     return split.select(np.sort(np.random.default_rng(_SAMPLING_SEED).permutation(len(split))[:rows]))
 
 
-def _demo(split: str) -> _Rows:
+def _demo(split: str) -> Rows:
     rows = demo_rows("train" if split == "train" else "dev")
     where = [f"demo {split} row {at + 1}" for at in range(len(rows))]
-    return _Rows(where, [text for text, _ in rows], None, [label for _, label in rows], where)
+    return Rows(where, [text for text, _ in rows], None, [label for _, label in rows], where)
 
 
-def _glue(name: str, split: str, columns: tuple[tuple[str, str | None], ...], label: str) -> _Rows:
+def _glue(name: str, split: str, columns: tuple[tuple[str, str | None], ...], label: str) -> Rows:
     if name not in GLUE:
         raise RecipeError(f"glue/{name}: unknown GLUE task; known: {', '.join(GLUE)}.")
     try:
@@ -191,10 +177,10 @@ def _glue(name: str, split: str, columns: tuple[tuple[str, str | None], ...], la
     raw = table[label]
     named = [feature.int2str(value) if hasattr(feature, "int2str") else str(value) for value in raw]
     where = [f"glue/{name} {hub_split} row {at + 1}" for at in range(len(named))]
-    return _Rows(where, list(table[first]), list(table[second]) if second else None, named, where)
+    return Rows(where, list(table[first]), list(table[second]) if second else None, named, where)
 
 
-def _read_split(folder: Path, split: str, task: Task, columns: tuple[tuple[str, str | None], ...], label: str) -> _Rows:
+def _read_split(folder: Path, split: str, task: Task, columns: tuple[tuple[str, str | None], ...], label: str) -> Rows:
     first, second = columns[0]
     path, records = read_records(folder, split, kind=task.kind, columns=(first, second or "", label))
     first, second = _find_columns(records.columns, columns, label, where=str(path))
@@ -206,7 +192,7 @@ def _read_split(folder: Path, split: str, task: Task, columns: tuple[tuple[str, 
             if value is None or value != value or blank:
                 raise DataError(f"{where}: nothing in column {column!r}.")
     listed = task.kind in ("multilabel", "token-classification")
-    return _Rows(
+    return Rows(
         [where for where, _ in records.rows],
         [record[first] for _, record in records.rows],
         [record[second] for _, record in records.rows] if second else None,
@@ -231,156 +217,3 @@ def _find_columns(
     raise DataError(
         f"{where}: needs the column(s) {wanted}; found: {', '.join(present)}. Name yours in data.sentence1, data.sentence2."
     )
-
-
-def _names(task: Task, rows: _Rows) -> tuple[str, ...]:
-    """Return the label names that a split of the data has, in order."""
-    if task.kind == "classification":
-        return _sorted_names([str(label) for label in rows.labels])
-    if task.kind not in ("multilabel", "token-classification"):
-        return ()
-    read = _row_labels if task.kind == "multilabel" else _row_tags
-    if rows.names:
-        return rows.names
-    found = _sorted_names([name for at in range(len(rows.labels)) for name in read(rows, at)])
-    return tuple(sorted(found, key=OUTSIDE.__ne__)) if task.kind == "token-classification" else found
-
-
-def _sorted_names(labels: Sequence[str]) -> tuple[str, ...]:
-    names = set(labels)
-    if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names))
-
-
-def _split(task: Task, rows: _Rows, names: tuple[str, ...], *, known_from: str, doc_stride: int) -> AnySplit:
-    """Return a split's rows with their labels as numbers."""
-    if task.kind == "question-answering":
-        pairs = rows.pairs or []
-        answers = [_row_answers(rows, at, str(context)) for at, context in enumerate(pairs)]
-        return QuestionSplit(rows.ids, [str(text) for text in rows.texts], list(map(str, pairs)), answers, doc_stride)
-    if task.kind == "token-classification":
-        numbers = {name: at for at, name in enumerate(names)}
-        words, tags = [], []
-        for at, value in enumerate(rows.texts):
-            found = _row_tags(rows, at)
-            if "entity_f1" in task.metrics and (odd := [tag for tag in found if not is_entity_tag(tag)]):
-                raise DataError(
-                    f"{rows.where[at]}: {odd[0]!r} is no tag of an entity; those are O, or B-, I-, E- or S- with a type. "
-                    "For tags that mark no entities set data.task: tagging."
-                )
-            tags.append([_number(tag, numbers, rows.where[at], known_from) for tag in found])
-            words.append(list(value))
-        return TokenSplit(words, tags)
-    texts = [str(text) for text in rows.texts]
-    second = None if rows.pairs is None else [str(text) for text in rows.pairs]
-    if task.kind == "regression":
-        return Split(texts, second, _numbers(rows), "regression")
-    if task.kind == "multilabel":
-        return Split(texts, second, _several(rows, names, known_from=known_from), "multilabel")
-    return Split(texts, second, _classes(rows, names, known_from=known_from))
-
-
-def _row_labels(rows: _Rows, at: int) -> list[str]:
-    """Return the label names of one row of a multilabel split."""
-    value = rows.labels[at]
-    if isinstance(value, str):
-        return [name for part in re.split(r"[|,]", value) if (name := part.strip())]
-    if not isinstance(value, list):
-        raise DataError(
-            f"{rows.where[at]}: the labels should be a list of names (or text with names parted by | or ,), "
-            f"found {value!r}."
-        )
-    return [_name(rows, at, item) for item in value]
-
-
-def _row_tags(rows: _Rows, at: int) -> list[str]:
-    """Return the tag names of one sentence, after checking them and its words."""
-    words, tags = rows.texts[at], rows.labels[at]
-    for value, what in ((words, "tokens"), (tags, "tags")):
-        if not isinstance(value, list) or not value:
-            raise DataError(f"{rows.where[at]}: the {what} should be a list with at least one item, found {value!r}.")
-    if not all(isinstance(word, str) for word in words):
-        raise DataError(f"{rows.where[at]}: each token should be text, found {words!r}.")
-    if len(words) != len(tags):
-        raise DataError(f"{rows.where[at]}: {len(words)} tokens but {len(tags)} tags. Each token needs one.")
-    return [_name(rows, at, item) for item in tags]
-
-
-def _name(rows: _Rows, at: int, value: Any) -> str:
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, int) and not isinstance(value, bool):
-        if not rows.names:
-            raise DataError(
-                f"{rows.where[at]}: the label {value} is a number without a name. Add labels.txt beside the file, one name "
-                "a line in the order of the numbers, or write names."
-            )
-        if 0 <= value < len(rows.names):
-            return rows.names[value]
-        raise DataError(f"{rows.where[at]}: the label {value} is not one of 0 to {len(rows.names) - 1}.")
-    raise DataError(f"{rows.where[at]}: a label should be a name, found {value!r}.")
-
-
-def _row_answers(rows: _Rows, at: int, context: str) -> list[tuple[str, int]]:
-    """Return the accepted answers of one question with their places, after checking that they stand there."""
-    value, where = rows.labels[at], rows.where[at]
-    texts, starts = (value.get(key) if isinstance(value, dict) else None for key in ("text", "answer_start"))
-    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        raise DataError(
-            f'{where}: the answers should be {{"text": [...], "answer_start": [...]}} with lists of equal length (empty '
-            f"where there is no answer), found {value!r}."
-        )
-    for text, start in zip(texts, starts, strict=True):
-        if not isinstance(text, str) or not text.strip() or not isinstance(start, int) or isinstance(start, bool):
-            raise DataError(
-                f"{where}: an answer is a text and the number of its first character, found {text!r}, {start!r}."
-            )
-        found = context[start : start + len(text)] if start >= 0 else ""
-        if found != text:
-            raise DataError(
-                f"{where}: the answer {text!r} does not stand at answer_start {start} of its context; there is {found!r}."
-            )
-    return list(zip(texts, starts, strict=True))
-
-
-def _number(name: str, numbers: dict[str, int], where: str, known_from: str) -> int:
-    if name not in numbers:
-        known = list(numbers)
-        raise DataError(
-            f"{where}: unknown label {name!r}; known from the {known_from} split or the task: "
-            f"{', '.join(known[:20])}{', …' if len(known) > 20 else ''}."
-        )
-    return numbers[name]
-
-
-def _classes(rows: _Rows, names: tuple[str, ...], *, known_from: str) -> NDArray[np.int64]:
-    """Return class numbers; a label may be written as its name or, where no name is a number, as its number."""
-    numbers = {name: at for at, name in enumerate(names)}
-    by_number = {} if any(name.isdigit() for name in names) else {str(at): at for at in range(len(names))}
-    classes = np.empty(len(rows.labels), dtype=np.int64)
-    for at, name in enumerate(map(str, rows.labels)):
-        classes[at] = by_number[name] if name in by_number else _number(name, numbers, rows.where[at], known_from)
-    return classes
-
-
-def _several(rows: _Rows, names: tuple[str, ...], *, known_from: str) -> NDArray[np.float32]:
-    """Return (n, labels) of 0 and 1."""
-    numbers = {name: at for at, name in enumerate(names)}
-    labels = np.zeros((len(rows.labels), len(names)), dtype=np.float32)
-    for at in range(len(rows.labels)):
-        labels[at, [_number(name, numbers, rows.where[at], known_from) for name in _row_labels(rows, at)]] = 1
-    return labels
-
-
-def _numbers(rows: _Rows) -> NDArray[np.float32]:
-    numbers = np.empty(len(rows.labels), dtype=np.float32)
-    for at, text in enumerate(map(str, rows.labels)):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise DataError(f"{rows.where[at]}: the label {text!r} is not a finite number, as regression needs.")
-        numbers[at] = value
-    return numbers

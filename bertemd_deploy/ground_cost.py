@@ -17,6 +17,7 @@ In its backward pass, a pair that the flow leaves out (G[i, j] = 0) costs nothin
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -29,8 +30,8 @@ from torch.autograd.function import once_differentiable
 P = ParamSpec("P")
 T = TypeVar("T")
 Method = Literal["scores", "factored"]
-# float32 elements of all layers in one block: about a core's cache on a CPU, few launches on an accelerator.
-_BLOCK_CPU = 2**20
+# float32 elements of all layers in one block: within a CPU's last cache, few launches on an accelerator.
+_BLOCK_CPU = 2**22
 _BLOCK_DEVICE = 2**28
 
 
@@ -91,7 +92,7 @@ class _HiddenSums(Function):
         ctx.mask, ctx.teachers = mask, teachers
         total = _zeros(teachers, len(layers) - teachers, like=layers[0])
         for _, block in _hidden_blocks(layers, mask):
-            total += _block_sums(block.flatten(1), teachers)
+            total += _centred_sums(block.flatten(1), teachers)
         return total.clamp_(min=0.0).float()
 
     @staticmethod
@@ -156,16 +157,24 @@ class _AttentionSums(Function):
 
 @dataclass
 class _Block:
-    """Some examples and heads of all layers, float32, masked; queries are scaled. G is examples x heads."""
+    """Some examples, or some heads of one, of all layers: each layer's query and key, (G, L, d).
+
+    One example is cut to its L real tokens, so padding costs nothing; of several, T tokens are there and padding is 0.
+    """
 
     examples: slice
     heads: slice
-    queries: list[Tensor]  # of each side: (layers, G, T, d)
+    tokens: Tensor | None  # places of the real tokens of one example; None where they are the first L
+    length: int
+    queries: list[Tensor]
     keys: list[Tensor]
 
 
 class _Heads:
-    """Queries and keys of M teacher and N student layers, handed out in blocks."""
+    """Queries and keys of M teacher and N student layers, handed out in blocks.
+
+    Products of bfloat16 queries and keys are bfloat16, as in the models' own attention; what is summed of them is float32.
+    """
 
     def __init__(self, flat: Sequence[Tensor], teachers: int, mask: Tensor | None) -> None:
         self.flat, self.teachers, self.mask = flat, teachers, mask
@@ -173,6 +182,7 @@ class _Heads:
         self.students = self.layers - teachers
         self.batch, self.heads, self.tokens, teacher_size = flat[0].shape
         self.sizes = (teacher_size, flat[-1].shape[-1])
+        self.coarse = all(part.dtype == torch.bfloat16 for part in flat)
 
     def cheaper_forward(self) -> Method:
         """Return the way with fewer multiplications for one head of one example."""
@@ -194,118 +204,162 @@ class _Heads:
 
     def sums_from_scores(self) -> Tensor:
         total = _zeros(self.teachers, self.students, like=self.flat[0])
+        scales, maps = self._scales(range(self.layers)), _Memory()
         for block in self._blocks(self.layers * self.tokens**2):
-            total += _block_sums(_score_maps(block).flatten(1), self.teachers)
+            found = self._score_maps(block, range(self.layers), maps)
+            if self.coarse:
+                total += _block_sums(found, self.teachers, scales=scales)
+            else:
+                total += _centred_sums(found.mul_(scales[:, None]), self.teachers)
         return total
 
     def sums_factored(self) -> Tensor:
         total = _zeros(self.teachers, self.students, like=self.flat[0])
-        d, e = self.sizes
+        (d, e), split = self.sizes, self.teachers
         for block in self._blocks(self.tokens * (self.teachers * d + self.students * e)):
-            products = _gram(block.queries) * _gram(block.keys)  # (G, M d, N e)
+            queries, keys = self._scaled(block)
+            products = _gram(queries[:split], queries[split:]) * _gram(keys[:split], keys[split:])  # (G, M d, N e)
             products = products.double().sum(0).view(self.teachers, d, self.students, e).sum((1, 3))
-            x, y = (_squares(*pair) for pair in zip(block.queries, block.keys, strict=True))
-            total += x[:, None] + y[None, :] - 2.0 * products
+            squares = torch.stack([_square(query, key) for query, key in zip(queries, keys, strict=True)])
+            total += squares[:split, None] + squares[None, split:] - 2.0 * products
         return total
 
     def gradients_from_scores(self, weights: Tensor, wanted: Sequence[int], found: Sequence[Tensor | None]) -> None:
-        rows = weights[list(wanted)].to(self.flat[0].device)
+        used = torch.nonzero(weights[list(wanted)].any(0)).flatten().tolist()
+        # The maps are unscaled: their scales, and those of the gradients in queries and keys, go into the weights.
+        rows = weights[list(wanted)][:, used].to(self.flat[0].device) * self._scales(used)
+        rows *= self._scales(wanted)[:, None]
+        maps, sums = _Memory(), _Memory()
         for block in self._blocks(self.layers * self.tokens**2):
-            maps = _score_maps(block)
-            slopes = (rows @ maps.flatten(1)).view(len(wanted), *maps.shape[1:])
+            products = self._score_maps(block, used, maps)
+            slopes = torch.mm(rows, products, out=sums.take((len(wanted), products.shape[1]), like=products))
+            slopes = slopes.view(len(wanted), -1, block.length, block.length).to(block.queries[0].dtype)
             for at, slope in zip(wanted, slopes, strict=True):
-                query, key = self._pair(block, at)
-                self._put(found, block, at, slope @ key, slope.transpose(-1, -2) @ query)
+                query, key = block.queries[at], block.keys[at]
+                self._put(found, block, at, torch.bmm(slope, key), torch.bmm(slope.transpose(-1, -2), query))
 
     def gradients_factored(self, weights: Tensor, wanted: Sequence[int], found: Sequence[Tensor | None]) -> None:
         d, e = self.sizes
         for block in self._blocks(self.tokens * (self.teachers * d + self.students * e)):
+            queries, keys = self._scaled(block)
             for at in wanted:
-                query, key = self._pair(block, at)
+                query, key = queries[at], keys[at]
                 slopes = [torch.zeros_like(query), torch.zeros_like(key)]
                 for other in torch.nonzero(weights[at]).flatten().tolist():
                     weight = float(weights[at, other])
-                    other_query, other_key = self._pair(block, other)
-                    slopes[0] += weight * (other_query @ (other_key.transpose(-1, -2) @ key))
-                    slopes[1] += weight * (other_key @ (other_query.transpose(-1, -2) @ query))
-                self._put(found, block, at, *slopes)
+                    slopes[0] += weight * (queries[other] @ (keys[other].transpose(-1, -2) @ key))
+                    slopes[1] += weight * (keys[other] @ (queries[other].transpose(-1, -2) @ query))
+                # Scaled queries hold 1 / sqrt(d): the gradient in the key has its share of it already.
+                self._put(found, block, at, slopes[0] * self._size(at) ** -0.5, slopes[1])
 
     def _size(self, at: int) -> int:
         return self.sizes[0] if at < self.teachers else self.sizes[1]
 
-    def _pair(self, block: _Block, at: int) -> tuple[Tensor, Tensor]:
-        """Return the (G, T, d) query and key of one layer."""
-        side, index = (0, at) if at < self.teachers else (1, at - self.teachers)
-        return block.queries[side][index], block.keys[side][index]
+    def _scales(self, layers: Sequence[int]) -> Tensor:
+        """Return 1 / sqrt(d) of some layers, float32."""
+        return torch.tensor([self._size(at) ** -0.5 for at in layers], device=self.flat[0].device)
+
+    def _score_maps(self, block: _Block, layers: Sequence[int], memory: _Memory) -> Tensor:
+        """Return (layers, G L^2) float32 unscaled score maps of a block; the next block's take their place."""
+        shape = (len(layers), block.queries[0].shape[0], block.length, block.length)
+        maps = memory.take(shape, like=block.queries[0])
+        for place, at in zip(maps, layers, strict=True):
+            torch.bmm(block.queries[at], block.keys[at].transpose(-1, -2), out=place)
+        if self.coarse:
+            maps = memory.take(shape, like=self.flat[0], dtype=torch.float32).copy_(maps)
+        return maps.flatten(1)
+
+    def _scaled(self, block: _Block) -> tuple[list[Tensor], list[Tensor]]:
+        """Return float32 queries, scaled by 1 / sqrt(d), and keys of a block."""
+        queries = [query.float() * self._size(at) ** -0.5 for at, query in enumerate(block.queries)]
+        return queries, [key.float() for key in block.keys]
 
     def _put(self, found: Sequence[Tensor | None], block: _Block, at: int, query: Tensor, key: Tensor) -> None:
-        """Write the gradients of one layer's block; `query` is still in the scale of the scaled queries."""
-        scale = self._size(at) ** -0.5
-        for place, part in ((found[2 * at], query.mul_(scale)), (found[2 * at + 1], key)):
-            if place is not None:
-                part = part.view(-1, block.heads.stop - block.heads.start, *part.shape[1:])
-                if self.mask is not None:
-                    part.masked_fill_(~self.mask[block.examples, None, :, None], 0.0)
-                place[block.examples, block.heads] = part.to(place.dtype)
+        """Write one layer's gradients of a block."""
+        for place, part in ((found[2 * at], query), (found[2 * at + 1], key)):
+            if place is None:
+                continue
+            part = part.to(place.dtype)
+            if block.examples.stop - block.examples.start > 1:
+                place[block.examples] = part.view(-1, self.heads, self.tokens, part.shape[-1])
+            elif block.tokens is None:
+                place[block.examples.start, block.heads, : block.length] = part
+            else:
+                place[block.examples.start, block.heads, block.tokens] = part
 
     def _blocks(self, elements: int) -> Iterator[_Block]:
         """Yield every example and head once, in blocks; `elements` is what one head of one example takes in a block."""
         groups = max(1, _block_elements(self.flat[0]) // elements)
-        heads = min(self.heads, groups)
-        examples = min(self.batch, max(1, groups // self.heads))
-        for start in range(0, self.batch, examples):
-            part = slice(start, min(start + examples, self.batch))
-            padding = None if self.mask is None else ~self.mask[None, part, None, :, None]
-            for head in range(0, self.heads, heads):
-                yield self._block(part, slice(head, min(head + heads, self.heads)), padding)
+        if groups >= 2 * self.heads:
+            step = groups // self.heads
+            for start in range(0, self.batch, step):
+                yield self._several(slice(start, min(start + step, self.batch)))
+            return
+        step = -(-self.heads // -(-self.heads // groups))  # as many blocks as needed, of like size
+        for example in range(self.batch):
+            for start in range(0, self.heads, step):
+                yield self._one(example, slice(start, min(start + step, self.heads)))
 
-    def _block(self, examples: slice, heads: slice, padding: Tensor | None) -> _Block:
-        block = _Block(examples, heads, [], [])
-        split = 2 * self.teachers
-        for side, size in ((self.flat[:split], self.sizes[0]), (self.flat[split:], self.sizes[1])):
-            shape = (len(side), examples.stop - examples.start, heads.stop - heads.start, self.tokens, size)
-            memory = torch.empty(shape, device=side[0].device)
-            for at, part in enumerate(side):
-                memory[at].copy_(part[examples, heads])
-            if padding is not None:
-                memory.masked_fill_(padding, 0.0)
-            queries, keys = memory[0::2], memory[1::2]
-            queries.mul_(size**-0.5)
-            block.queries.append(queries.flatten(1, 2))
-            block.keys.append(keys.flatten(1, 2))
-        return block
+    def _one(self, example: int, heads: slice) -> _Block:
+        """Return heads of one example, without padding and, where its real tokens are the first, without a copy."""
+        tokens, length = None, self.tokens
+        if self.mask is not None:
+            tokens = torch.nonzero(self.mask[example]).flatten()
+            length = len(tokens)
+            if bool((tokens == torch.arange(length, device=tokens.device)).all()):
+                tokens = None
+        cut = [part[example, heads, :length] if tokens is None else part[example, heads, tokens] for part in self.flat]
+        cut = cut if self.coarse else [part.float() for part in cut]
+        return _Block(slice(example, example + 1), heads, tokens, length, cut[0::2], cut[1::2])
 
-
-def _score_maps(block: _Block) -> Tensor:
-    """Return the (M + N, G, T, T) score maps of a block."""
-    (x, y), groups, tokens = block.queries, block.queries[0].shape[1], block.queries[0].shape[2]
-    maps = torch.empty(len(x) + len(y), groups, tokens, tokens, device=x.device)
-    for query, key, place in zip(block.queries, block.keys, (maps[: len(x)], maps[len(x) :]), strict=True):
-        torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2), out=place.flatten(0, 1))
-    return maps
+    def _several(self, examples: slice) -> _Block:
+        padding = None if self.mask is None else ~self.mask[examples, None, :, None]
+        cut = []
+        for part in self.flat:
+            rows = part[examples] if self.coarse else part[examples].float()
+            cut.append((rows if padding is None else rows.masked_fill(padding, 0.0)).flatten(0, 1))
+        return _Block(examples, slice(0, self.heads), None, self.tokens, cut[0::2], cut[1::2])
 
 
-def _block_sums(block: Tensor, teachers: int) -> Tensor:
-    """Return the (M, N) float64 sums of squared differences of a (M + N, K) block; the block is overwritten.
+class _Memory:
+    """Memory for one block's maps that the next block's use again: fresh memory costs more than what is done in it."""
 
-    Subtracting one vector from every layer changes no difference and keeps the products small: less cancellation.
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, Tensor] = {}
+
+    def take(self, shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return uninitialised memory of a shape; what was taken before in this dtype is lost."""
+        dtype, count = dtype or like.dtype, math.prod(shape)
+        if dtype not in self._held or len(self._held[dtype]) < count:
+            self._held[dtype] = torch.empty(count, dtype=dtype, device=like.device)
+        return self._held[dtype][:count].view(*shape)
+
+
+def _block_sums(block: Tensor, teachers: int, *, scales: Tensor) -> Tensor:
+    """Return the (M, N) float64 sums of squared differences of a (M + N, K) block whose rows have yet to be scaled."""
+    squares = (torch.linalg.vector_norm(block, dim=1) * scales).double().square()
+    products = (block[:teachers] @ block[teachers:].T) * scales[:teachers, None] * scales[teachers:]
+    return squares[:teachers, None] + squares[None, teachers:] - 2.0 * products.double()
+
+
+def _centred_sums(block: Tensor, teachers: int) -> Tensor:
+    """Return the same of scaled rows, after subtracting one vector from all: no difference changes, less cancellation.
+
+    The block is overwritten.
     """
     block -= block[:teachers].mean(0)
-    x, y = block[:teachers], block[teachers:]
-    squares = torch.linalg.vector_norm(block, dim=1).double().square()
-    return squares[:teachers, None] + squares[None, teachers:] - 2.0 * (x @ y.T).double()
+    return _block_sums(block, teachers, scales=torch.ones(len(block), device=block.device))
 
 
-def _gram(sides: list[Tensor]) -> Tensor:
+def _gram(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
     """Return (G, M d, N e) products of all teacher columns with all student columns, summed over tokens."""
-    x, y = (side.permute(1, 2, 0, 3).flatten(2) for side in sides)
-    return x.transpose(-1, -2) @ y
+    return torch.cat(list(teacher), -1).transpose(-1, -2) @ torch.cat(list(student), -1)
 
 
-def _squares(query: Tensor, key: Tensor) -> Tensor:
-    """Return (layers,) float64 squared norms of Q K^T, from (layers, G, T, d)."""
+def _square(query: Tensor, key: Tensor) -> Tensor:
+    """Return () float64, the squared norm of Q K^T over all G, from (G, L, d)."""
     products: Tensor = (query.transpose(-1, -2) @ query) * (key.transpose(-1, -2) @ key)
-    return products.double().sum((1, 2, 3))
+    return products.double().sum()
 
 
 def _pair_weights(gradient: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from bertemd_deploy import __version__
 from bertemd_deploy.checkpoints import WEIGHTS, find_model, has_head
 from bertemd_deploy.config import DataSettings, DistillSettings, Precision, Recipe, TeacherSettings
 from bertemd_deploy.console import note
-from bertemd_deploy.data import Dataset, load_data
+from bertemd_deploy.data import Dataset, find_task, load_data
 from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, UnfinishedError
 from bertemd_deploy.files import (
     PARTIAL,
@@ -156,8 +156,8 @@ def export_stage(recipe: Recipe, student: Path, out: Path, *, data: str | None =
 
 def needs_finetuning(recipe: Recipe, folder: Path) -> bool:
     """Say whether the recipe's teacher is to be fine-tuned first."""
-    mode = recipe.teacher.finetune
-    return mode == "always" or (mode == "auto" and not has_head(folder))
+    mode, kind = recipe.teacher.finetune, find_task(recipe.data.path, recipe.data.task).kind
+    return mode == "always" or (mode == "auto" and not has_head(folder, kind=kind))
 
 
 def stand_alone(

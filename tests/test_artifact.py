@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -211,6 +212,7 @@ def test_a_batch_has_the_labels_of_its_rows(kind):
             DataSlice(PART.examples, PART.labels.astype(np.float32)),
             "labels of float32 with 1 dimension.s., unlike classif",
         ),
+        (DataSlice(replace(PART.examples, tokens=np.zeros(5)), PART.labels), "tokens that are not whole numbers"),
         (DataSlice(PART.examples, PART.labels, "multilabel"), "labels of int64 with 1 dimension.s., unlike multilabel"),
         (DataSlice(PART.examples, PART.labels, "token-classification"), "arrays of unequal length"),
         (DataSlice(PART.examples, np.zeros((2, 2), np.int64), "question-answering"), "no answers"),

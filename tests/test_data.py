@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bertemd_deploy import data as data_module
 from bertemd_deploy.data import calibration_rows, find_task, load_data, training_batches
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import BertemdError, DataError, RecipeError

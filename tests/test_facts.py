@@ -10,11 +10,13 @@ import pytest
 from corpora import write_corpus
 
 from bertemd_deploy.artifact import write_slices
+from bertemd_deploy.config import options_recipe
 from bertemd_deploy.data import load_data
 from bertemd_deploy.errors import ModelError
 from bertemd_deploy.facts import FACTS, SLICES, StudentFacts, facts_from_data, read_student, task_facts
 from bertemd_deploy.files import write_json
 from bertemd_deploy.models import load_classifier, save_model, set_labels
+from bertemd_deploy.pipeline import needs_finetuning
 
 KINDS = ("multilabel", "token-classification", "question-answering")
 
@@ -73,6 +75,13 @@ def test_facts_are_read_back(made: Callable[[str], tuple[Path, StudentFacts]], k
         ModelError, match=rf"eval\.npz: its slices are for {kind}, bertemd_student\.json says regression\."
     ):
         read_student(folder)
+
+
+def test_a_model_with_the_tasks_head_is_not_fine_tuned_first(made: Callable[[str], tuple[Path, StudentFacts]]) -> None:
+    folder, _ = made("question-answering")
+    for task, needed in (("question-answering", False), ("token-classification", True), ("multilabel", True)):
+        options = [f"teacher.model={folder}", "data.path=data", f"data.task={task}", "student.name=4L"]
+        assert needs_finetuning(options_recipe(options), folder) is needed
 
 
 def test_a_task_says_how_its_contexts_are_cut(tmp_path: Path) -> None:

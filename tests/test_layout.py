@@ -33,6 +33,7 @@ RUNTIME = {
     "predictions",
     "records",
     "report",
+    "rows",
     "runtime",
     "spans",
     "splits",

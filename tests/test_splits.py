@@ -254,6 +254,18 @@ def test_squad_json_and_other_column_names_give_the_same(tmp_path: Path):
     assert questions(half, sentence1="q") == expected
 
 
+def test_the_recipe_says_how_contexts_are_cut(tmp_path: Path):
+    from bertemd_deploy.config import options_recipe
+    from bertemd_deploy.pipeline import load_recipe_data
+
+    folder = write(tmp_path / "data", ASKED)
+    options = ["teacher.model=x", f"data.path={folder}", "data.task=question-answering", "student.name=4L"]
+    for options_given, stride in ((options, 128), ([*options, "data.doc_stride=7"], 7)):
+        data, length = load_recipe_data(options_recipe(options_given).data)
+        assert isinstance(data.splits["train"], QuestionSplit)
+        assert (data.splits["train"].doc_stride, length) == (stride, 384)
+
+
 def test_a_question_without_an_id_is_called_by_its_place(tmp_path: Path):
     row = {key: value for key, value in ASKED.items() if key != "id"}
     assert questions(write(tmp_path / "data", row)).ids == [f"{tmp_path / 'data' / 'train.jsonl'} line 1"]

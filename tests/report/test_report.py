@@ -10,6 +10,8 @@ import pytest
 
 from bertemd_deploy.errors import ArtifactError, BertemdError
 from bertemd_deploy.report import report
+from bertemd_deploy.report.records import Record
+from bertemd_deploy.report.tables import parity_table
 
 pytest.importorskip("matplotlib")
 
@@ -195,6 +197,23 @@ def test_quantization_and_parity_are_listed(full) -> None:
     assert page.row("Per channel") == ["Per channel", "int8: yes, fused-int8: no"]
     assert page.row("Operators") == ["Operators", "int8: 28, fused-int8: 24"]
     assert page.row("Max drop") == ["Max drop", "1 point"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("classification", "of a logit, and the share of inputs with the same decision."),
+        ("regression", "of a logit."),
+        ("multilabel", "of a logit, and the share of inputs with the same labels."),
+        ("token-classification", "of a logit, and the share of tokens with the same tag."),
+        ("question-answering", "of a logit, and the share of windows with the same best span."),
+    ],
+)
+def test_parity_says_what_a_decision_is(record, kind, said) -> None:
+    record["artifact"]["task"]["kind"] = kind
+    table = parity_table(Record(record, "device"))
+    assert table is not None
+    assert said in table.caption
 
 
 def test_machine_and_method(full) -> None:
