@@ -1,16 +1,17 @@
 """The opponent of `train_step.py`: one BERT-EMD training step the way the authors' released code computes it.
 
 Written anew from the description of that step; no line of it is the authors'. What it keeps of theirs:
-    score maps      both models run eager attention and hand out S = Q K^T / sqrt(d) + mask of every layer, (B, A, T, T);
-                    scores of masked keys (values <= -1e2) are set to 0
-    pair loops      one mean squared error for each of the M x N layer pairs, for score maps and for hidden states, over
-                    padded sizes; the student's hidden states go through the shared projection layer by layer
+    score maps      both models run eager attention and hand out S = Q K^T / sqrt(d) + mask of every layer, (B, A, T, T)
+    pair loops      for each of the M x N layer pairs by itself: scores of masked keys (values <= -1e2) of both maps are set
+                    to 0, then one mean squared error, over padded sizes; likewise for hidden states, where the student's go
+                    through the shared projection layer by layer
     flow            both cost matrices copied to the host each by itself, solved, and the layer weights moved by the ratio
                     rule, averaged over both sides
     the rest        embedding loss, soft cross-entropy as the mean over batch and classes, gradients clipped at norm 1,
                     float32 throughout, AdamW parameter by parameter
-Where the released code is slower than it need be for reasons that are no part of the method, this is not: score maps are
-masked once for each layer and not once for each pair, the solver is POT's, and there is no projection where widths agree.
+Where the released code is slower than it need be for reasons that are no part of the method, this is not: the solver is
+POT's, and there is no projection where widths agree. `mask_once` masks each map once, outside the pairs: the same numbers
+for less, as a careful reader of that code would have it.
 """
 
 from __future__ import annotations
@@ -62,9 +63,17 @@ class ReleasedStep:
     """Teacher and trained student with the optimizer and the layer weights of a run."""
 
     def __init__(
-        self, teacher: nn.Module, trained: Distiller, *, beta: float, learning_rate: float, weight_decay: float
+        self,
+        teacher: nn.Module,
+        trained: Distiller,
+        *,
+        beta: float,
+        learning_rate: float,
+        weight_decay: float,
+        mask_once: bool = False,
     ) -> None:
         """Take models built with `attn_implementation=ATTENTION`; theta and both temperatures are 1, as published."""
+        self.mask_once = mask_once
         self.teacher, self.trained, self.beta = teacher, trained, beta
         layers: Any = (teacher.config, trained.student.config)
         self.weights = [np.full(config.num_hidden_layers, 1 / config.num_hidden_layers) for config in layers]
@@ -87,10 +96,11 @@ class ReleasedStep:
             teacher = self.teacher(**inputs, output_hidden_states=True, output_attentions=True)
         student = self.trained.student(**inputs, output_hidden_states=True, output_attentions=True)
         projected = [self.trained.project(hidden) for hidden in student.hidden_states]
-        maps = [
-            [torch.where(scores <= MASKED, 0.0, scores) for scores in side.attentions] for side in (teacher, student)
-        ]
-        attention, attention_weights = self._emd(pair_costs(teacher=maps[0], student=maps[1]))
+        maps = [list(side.attentions) for side in (teacher, student)]
+        if self.mask_once:
+            maps = [[unmasked(scores) for scores in side] for side in maps]
+        costs = pair_costs(teacher=maps[0], student=maps[1], masked=not self.mask_once)
+        attention, attention_weights = self._emd(costs)
         hidden, hidden_weights = self._emd(pair_costs(teacher=list(teacher.hidden_states[1:]), student=projected[1:]))
         self.weights = [(left + right) / 2 for left, right in zip(attention_weights, hidden_weights, strict=True)]
         embedding = F.mse_loss(projected[0], teacher.hidden_states[0])
@@ -113,6 +123,22 @@ class ReleasedStep:
         return (torch.from_numpy(flow).float() * costs).sum(), [score / score.sum() for score in scores]
 
 
-def pair_costs(*, teacher: list[Tensor], student: list[Tensor]) -> Tensor:
-    """Return (M, N) mean squared differences, one pair of layers after the other, over padded sizes."""
-    return torch.stack([torch.stack([F.mse_loss(mine, theirs) for mine in student]) for theirs in teacher])
+def unmasked(scores: Tensor) -> Tensor:
+    """Return scores with those of masked keys at 0."""
+    return torch.where(scores <= MASKED, torch.zeros_like(scores), scores)
+
+
+def pair_costs(*, teacher: list[Tensor], student: list[Tensor], masked: bool = False) -> Tensor:
+    """Return (M, N) mean squared differences, one pair of layers after the other, over padded sizes.
+
+    With `masked`, the layers are score maps that still hold their mask, which every pair takes out again.
+    """
+    columns = []
+    for mine in student:
+        column = []
+        for theirs in teacher:
+            if masked:
+                mine, theirs = unmasked(mine), unmasked(theirs)
+            column.append(F.mse_loss(mine, theirs))
+        columns.append(torch.stack(column))
+    return torch.stack(columns, 1)

@@ -41,6 +41,7 @@ from bertemd_deploy.config import DistillSettings  # noqa: E402
 from bertemd_deploy.data import load_data, training_batches  # noqa: E402
 from bertemd_deploy.devices import keep_products_in_bfloat16, trains_in_bfloat16  # noqa: E402
 from bertemd_deploy.encoding import Encoded, TextEncoder  # noqa: E402
+from bertemd_deploy.kernels import quicken  # noqa: E402
 from bertemd_deploy.mapping import LayerMapping  # noqa: E402
 from bertemd_deploy.objective import Distiller, Objective  # noqa: E402
 from bertemd_deploy.processes import Processes  # noqa: E402
@@ -78,15 +79,20 @@ PEAK_SIZE, PEAK_REPEATS = 2048, 5
 
 @dataclass(frozen=True)
 class Engine:
-    """How an engine computes: `kind` "released" or "ours", precision of ours, and whether it batches as released."""
+    """How an engine computes: `kind` "released" or "ours", precision of ours, whether it batches as released.
+
+    `mask_once` is `released_step`'s.
+    """
 
     kind: str
     precision: str = "float32"
     released_batches: bool = False
+    mask_once: bool = False
 
 
 ENGINES = {
     "released": Engine("released", released_batches=True),
+    "released, masked once": Engine("released", released_batches=True, mask_once=True),
     "ours, float32, padded": Engine("ours", released_batches=True),
     "ours, float32": Engine("ours"),
     "ours": Engine("ours", precision="auto"),
@@ -120,6 +126,7 @@ class OurStep:
         settings = DistillSettings(mapping=mapping, beta=BETA, reduction="element", precision=precision)
         schedule = training.Schedule(1, 1, LEARNING_RATE, 0.0, WEIGHT_DECAY, seed=0)
         teacher.requires_grad_(False)
+        quicken(trained.student)
         self.teacher, self.trained, self.bfloat16 = teacher, trained, trains_in_bfloat16(precision)
         if self.bfloat16:
             keep_products_in_bfloat16(teacher)
@@ -173,7 +180,8 @@ def build(engine: Engine, settings: Settings, *, mapping: str = "emd", dropout: 
     project = widths["student_hidden"] != widths["teacher_hidden"] and mapping != "none"
     trained = Distiller(student, **widths, project=project, seed=3)
     if engine.kind == "released":
-        return ReleasedStep(teacher, trained, beta=BETA, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        rates = {"beta": BETA, "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
+        return ReleasedStep(teacher, trained, **rates, mask_once=engine.mask_once)
     return OurStep(teacher, trained, mapping=mapping, precision=engine.precision)
 
 
@@ -218,10 +226,12 @@ def choose_batches(
 def phases(step: OurStep, clock: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, float]]:
     """Yield what `clock` counts in each part of the steps made inside, their sum being the whole.
 
-    teacher, student: their forward passes. losses: the objective without both and without flow: score and hidden-state costs,
-    projection, embedding and prediction loss. flow: the solver and the layer weights. losses backward: from the start of the
-    backward pass until the gradient enters the student's logits, by when autograd, which goes back in reverse order, has
-    left the costs. student backward: the rest. optimizer: clipping and the update. Other: preparing the step.
+    teacher, student: their forward passes. losses: the objective without both and without flow and projection: score and
+    hidden-state costs, embedding and prediction loss. projection, projection backward: of the student's hidden states to
+    the teacher's width, a trained layer on the student's side. flow: the solver and the layer weights. losses backward:
+    from the start of the backward pass until the gradient enters the student's logits, by when autograd, which goes back
+    in reverse order, has left the costs. student backward: the rest. optimizer: clipping and the update. Other: preparing
+    the step.
     """
     spent: dict[str, float] = defaultdict(float)
     last = clock()
@@ -255,6 +265,13 @@ def phases(step: OurStep, clock: Callable[[], float] = time.perf_counter) -> Ite
         step.trained.student.register_forward_pre_hook(lambda *_: mark("losses")),
         step.trained.student.register_forward_hook(after_student),
     ]
+    if (projection := step.trained.projection) is not None:
+        hooks += [
+            projection.register_forward_pre_hook(lambda *_: mark("losses")),
+            projection.register_forward_hook(lambda *_: mark("projection")),
+            projection.register_full_backward_pre_hook(lambda *_: mark("losses backward")),
+            projection.register_full_backward_hook(lambda *_: mark("projection backward")),
+        ]
     with (
         mock.patch.object(step.mapping, "step", spanned(step.mapping.step, "losses", "flow")),
         mock.patch.object(step, "objective", spanned(step.objective, "other", "losses")),
@@ -283,7 +300,8 @@ def count_flops(step: OurStep, batch: Batch) -> dict[str, float]:
     teacher, student = (
         model_flops(model.config, batch=rows, tokens=tokens) for model in (step.teacher, step.trained.student)
     )
-    losses = {name: float(counted[name]) for name in ("losses", "losses backward")}
+    names = ("losses", "losses backward", "projection", "projection backward")
+    losses = {name: float(counted[name]) for name in names if name in counted}
     return losses | {"teacher": teacher, "student": student, "student backward": 2 * student}
 
 

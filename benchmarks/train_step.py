@@ -32,12 +32,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from latency import answer, ratio  # noqa: E402 - found through the line above
 
-ENGINES = ("released", "ours, float32, padded", "ours, float32", "ours")  # rows of `train_engines.ENGINES`
-ABLATION = ENGINES[1:3]
+# Rows of `train_engines.ENGINES`.
+ENGINES = ("released", "released, masked once", "ours, float32, padded", "ours, float32", "ours")
+ABLATION = ENGINES[1:4]
 EQUAL = "equal"
 AGREEMENT = 1e-3  # largest relative difference of a loss or a layer weight
 COSTS = ("losses", "flow", "losses backward")
-PHASES = ("teacher", "student", *COSTS, "student backward", "optimizer", "other")
+PROJECTION = ("projection", "projection backward")
+PHASES = ("teacher", "student", *PROJECTION, *COSTS, "student backward", "optimizer", "other")
 BARS = {"memory": 0.5, "costs and flow": 0.08, "emd over uniform": 0.05}
 
 Ask = Callable[..., Any]
@@ -117,7 +119,7 @@ def measure(
         raise SystemExit(f"the released step and ours differ (allowed {AGREEMENT:g}): {agreement}")
     memory = {}
     for name in names if options.memory else ():
-        if name != ABLATION[0]:  # equal lengths: padding makes no difference
+        if name != "ours, float32, padded":  # equal lengths: padding makes no difference
             note(f"memory of {name} at {options.memory_batch} x {options.memory_length}")
             with start(name, settings | {"batch": options.memory_batch, "length": options.memory_length}) as ask:
                 memory[name] = ask("memory")
@@ -132,7 +134,7 @@ def measure(
         for number in range(options.rounds):
             for workload in workloads:
                 for name in names if number % 2 == 0 else reversed(names):
-                    if name != ABLATION[0] or workload != EQUAL:
+                    if name != "ours, float32, padded" or workload != EQUAL:
                         turns[workload][name].append(engines[name]("turn", workload=workload, number=number))
             for workload in breakdown:
                 breakdown[workload].append(engines["ours"]("breakdown", workload=workload, number=number))
@@ -258,6 +260,9 @@ def print_phases(
         print(f"{phase:24s} {seconds / len(steps) * 1e3:9.2f} {seconds / whole:7.1%}{columns}")
     share = sum(step.get(phase, 0.0) for step in steps for phase in COSTS) / whole
     print(f"costs and flow (losses, flow, losses backward): {share:.1%} of the step (bar {BARS['costs and flow']:.0%})")
+    projected = sum(step.get(phase, 0.0) for step in steps for phase in PROJECTION) / whole
+    if projected:
+        print(f"with the projection to the teacher's width: {share + projected:.1%}")
     for other in ("uniform", "none"):
         times = {kind: [[sum(sum(step.values()) for step in part[kind])] for part in rounds] for kind in ("emd", other)}
         middle, low, high = (value - 1 for value in ratio(times["emd"], times[other]))

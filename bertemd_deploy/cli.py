@@ -6,19 +6,30 @@ becomes one message and its exit code; anything else is our own mistake and show
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec
+from typing import Annotated, Any, Literal
 
 import typer
 
 from bertemd_deploy import __version__
-from bertemd_deploy.console import silenced
-from bertemd_deploy.errors import BertemdError, RecipeError, missing_extra
+from bertemd_deploy.cli_options import (
+    Data,
+    Force,
+    Json,
+    MaxMinutes,
+    Out,
+    Set,
+    TaskName,
+    metrics_text,
+    options_to_recipe,
+    show,
+    stage,
+)
+from bertemd_deploy.errors import BertemdError, RecipeError
+from bertemd_deploy.launch import launch_processes
 
 app = typer.Typer(
     help="Distil a fine-tuned BERT, quantize it, export it to ONNX, and measure what was gained and lost.",
@@ -27,70 +38,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
-_TRAIN_PACKAGES = {
-    "torch",
-    "transformers",
-    "datasets",
-    "ot",
-    "scipy",
-    "onnx",
-    "onnxscript",
-    "safetensors",
-    "huggingface_hub",
-}
-_INTERRUPTED = 130
-
-Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
-Force = Annotated[bool, typer.Option("--force", help="Write into a folder that holds something else; start over.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a recipe key.")]
-Out = Annotated[Path, typer.Option(help="Output folder.")]
-Data = Annotated[str, typer.Option(help="glue/<task>, a folder with train.* and dev.*, or demo.")]
-TaskName = Annotated[str | None, typer.Option(help="Task of a data folder, such as mrpc or regression.")]
-MaxMinutes = Annotated[
-    float | None, typer.Option(min=0.0, help="Stop training after so many minutes, to be continued [default: never].")
-]
 Quantize = Literal["dynamic", "none"]
 LayerMapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
-
-P = ParamSpec("P")
-
-
-def _stage(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn known failures and interrupts of a command into one message and an exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except BertemdError as error:
-            _fail(error)
-        except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            if package not in _TRAIN_PACKAGES:
-                raise
-            _fail(missing_extra("train", package=package))
-        except KeyboardInterrupt:
-            typer.echo("interrupted; what is finished is kept, the same command continues", err=True)
-            raise typer.Exit(_INTERRUPTED) from None
-
-    return wrapped
-
-
-def _fail(error: BertemdError) -> None:
-    who = f"process {os.environ.get('RANK')}: " if silenced() else ""
-    typer.echo(f"error: {who}{error}", err=True)
-    raise typer.Exit(error.exit_code) from error
-
-
-def _show(record: dict[str, Any], *, as_json: bool, summary: list[str]) -> None:
-    """Print a record, or its summary lines, on stdout; of several processes the main one does."""
-    if silenced():
-        return
-    typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(summary))
-
-
-def _metrics_text(metrics: dict[str, float]) -> str:
-    return " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def _version(value: bool) -> None:
@@ -109,7 +58,7 @@ def _main(
 
 
 @app.command()
-@_stage
+@stage
 def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/<recipe name>].")] = None,
@@ -131,10 +80,10 @@ def run(
     place = out or Path("runs") / recipe.stem
     first, last = ("export" if stage == "quantize" else stage for stage in (from_stage, to_stage))
     record = pipeline.run(resolved, out=place, from_stage=first, stop_after=last, force=force, max_minutes=max_minutes)
-    lines = [f"{name:<16}{_metrics_text(values)}" for name, values in _named_metrics(record)]
+    lines = [f"{name:<16}{metrics_text(values)}" for name, values in _named_metrics(record)]
     paths = {"artifact": record.get("artifact"), "report": record.get("page")}
     lines += [f"{name:<16}{path}" for name, path in paths.items() if path] or [f"{'run':<16}{place}"]
-    _show(record, as_json=json_, summary=lines)
+    show(record, as_json=json_, summary=lines)
 
 
 def _named_metrics(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
@@ -151,7 +100,7 @@ def _named_metrics(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, floa
 
 
 @app.command()
-@_stage
+@stage
 def check(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")], set_: Set = None, json_: Json = False
 ) -> None:
@@ -159,11 +108,11 @@ def check(
     from bertemd_deploy.config import load_recipe
 
     resolved = load_recipe(recipe, overrides=set_ or [])
-    _show(resolved.to_dict(), as_json=json_, summary=[resolved.to_yaml().rstrip()])
+    show(resolved.to_dict(), as_json=json_, summary=[resolved.to_yaml().rstrip()])
 
 
 @app.command()
-@_stage
+@stage
 def finetune(
     model: Annotated[str, typer.Option(help="Pretrained encoder: folder, hub id, or package:IMPORT_NAME/sub/folder.")],
     data: Data,
@@ -185,7 +134,8 @@ def finetune(
         "data": {"path": data, "task": task},
         "student": {"name": "4L"},
     }
-    recipe = _recipe(None, given, set_)
+    recipe = options_to_recipe(None, given, set_)
+    launch_processes()
     loaded, max_length = pipeline.load_recipe_data(recipe.data)
     folder = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
     inputs = pipeline.finetune_inputs(recipe, folder, {"data": loaded.sha256, "max_length": max_length})
@@ -198,11 +148,11 @@ def finetune(
             recipe, loaded, max_length, work, max_minutes=max_minutes, **extra
         ),
     )
-    _show(record, as_json=json_, summary=[f"dev {_metrics_text(record['metrics'])}", str(out)])
+    show(record, as_json=json_, summary=[f"dev {metrics_text(record['metrics'])}", str(out)])
 
 
 @app.command()
-@_stage
+@stage
 def distill(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe file, instead of the options.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Fine-tuned teacher: folder, hub id, or package:…")] = None,
@@ -244,7 +194,8 @@ def distill(
         out = Path("runs") / f"{recipe.stem}-{'comparison' if compare is not None else 'student'}"
     if seeds is not None and compare is None:
         raise RecipeError("distill: --seeds belongs to --compare; for one student use --seed.")
-    resolved = _recipe(recipe, given, set_)
+    resolved = options_to_recipe(recipe, given, set_)
+    launch_processes()
     if compare is not None:
         from bertemd_deploy import comparison
 
@@ -254,7 +205,7 @@ def distill(
         record = comparison.compare_mappings(
             resolved, folder, loaded, max_length, *students, out=out, force=force, max_minutes=max_minutes
         )
-        _show(record, as_json=json_, summary=[comparison.text_table(record), str(out)])
+        show(record, as_json=json_, summary=[comparison.text_table(record), str(out)])
         return
     loaded, max_length = pipeline.load_recipe_data(resolved.data)
     folder = find_model(resolved.teacher.model, sha256=resolved.teacher.sha256)
@@ -268,27 +219,12 @@ def distill(
             resolved, folder, loaded, max_length, work, max_minutes=max_minutes, **extra
         ),
     )
-    lines = [f"{name:<8} {_metrics_text(values)}" for name, values in record["metrics"].items()]
-    _show(record, as_json=json_, summary=[*lines, str(out)])
-
-
-def _recipe(path: Path | None, given: Mapping[str, Mapping[str, Any]], overrides: list[str] | None) -> Any:
-    """Return a recipe from a file or nothing, with options that were given on top, then `--set` overrides."""
-    from bertemd_deploy.config import load_recipe, options_recipe
-
-    settings = [
-        f"{section}.{key}={json.dumps(value, ensure_ascii=False)}"
-        for section, body in given.items()
-        for key, value in body.items()
-        if value is not None
-    ]
-    if path is None:
-        return options_recipe([*settings, *(overrides or [])])
-    return load_recipe(path, overrides=[*settings, *(overrides or [])])
+    lines = [f"{name:<8} {metrics_text(values)}" for name, values in record["metrics"].items()]
+    show(record, as_json=json_, summary=[*lines, str(out)])
 
 
 @app.command()
-@_stage
+@stage
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder or artifact.")],
     data: Data,
@@ -305,7 +241,7 @@ def evaluate(
         "data": {"path": data, "task": task},
         "student": {"name": "4L"},
     }
-    settings = _recipe(None, given, set_).data
+    settings = options_to_recipe(None, given, set_).data
     if (model / MANIFEST).exists():
         from bertemd_deploy.classifier import evaluate_artifact
 
@@ -317,12 +253,12 @@ def evaluate(
 
         loaded, max_length = pipeline.load_recipe_data(settings)
         record = evaluate_folder(find_model(str(model)), data=loaded, max_length=max_length)
-    summary = f"dev {_metrics_text(record['metrics'])} ({record['rows']:,} rows, {record['backend']})"
-    _show(record, as_json=json_, summary=[summary])
+    summary = f"dev {metrics_text(record['metrics'])} ({record['rows']:,} rows, {record['backend']})"
+    show(record, as_json=json_, summary=[summary])
 
 
 @app.command()
-@_stage
+@stage
 def export(
     student: Annotated[Path, typer.Argument(help="Student folder (Hugging Face, safetensors).")],
     out: Out,
@@ -349,16 +285,16 @@ def export(
         "export": {"exporter": exporter},
         "quantize": {"mode": quantize, "max_drop": max_drop},
     }
-    recipe = _recipe(None, given, set_)
+    recipe = options_to_recipe(None, given, set_)
     folder = pipeline.export_stage(recipe, student, out, data=data, force=force)
     record = pipeline.export_record(Artifact.load(folder))
-    lines = [f"{name:<12} {_metrics_text(values)}" for name, values in record["metrics"].items()]
+    lines = [f"{name:<12} {metrics_text(values)}" for name, values in record["metrics"].items()]
     sizes = [f"{name:<34} {size / 1e6:8.2f} MB" for name, size in record["bytes"].items()]
-    _show(record, as_json=json_, summary=[*lines, *sizes, str(folder)])
+    show(record, as_json=json_, summary=[*lines, *sizes, str(folder)])
 
 
 @app.command()
-@_stage
+@stage
 def bench(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
     out: Out,
@@ -375,18 +311,18 @@ def bench(
         "data": {"path": "demo"},
         "student": {"name": "4L"},
     }
-    settings = _recipe(None, given, set_).bench
+    settings = options_to_recipe(None, given, set_).bench
     folder = None
     if teacher is not None:
         from bertemd_deploy.checkpoints import find_model
 
         folder = find_model(teacher)
     record = measure(artifact, teacher=folder, out=out, settings=settings, force=force)
-    _show(record, as_json=json_, summary=[str(out / "record.json")])
+    show(record, as_json=json_, summary=[str(out / "record.json")])
 
 
 @app.command()
-@_stage
+@stage
 def report(
     records: Annotated[
         list[Path], typer.Argument(metavar="RECORD...", help="record.json files of one or more devices.")
@@ -399,11 +335,11 @@ def report(
     from bertemd_deploy.report import report as write
 
     page = write(records, out=out, force=force)
-    _show({"page": str(page)}, as_json=json_, summary=[str(page)])
+    show({"page": str(page)}, as_json=json_, summary=[str(page)])
 
 
 @app.command()
-@_stage
+@stage
 def predict(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
     texts: Annotated[

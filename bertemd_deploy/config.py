@@ -88,7 +88,7 @@ class StudentSettings:
 
     Attributes:
         name: "4L-312", "6L-768", "4L" or "6L" (the teacher's width), or null with the four sizes given.
-        init: "auto" (the name's own start, see `models.STUDENTS`), "teacher" (evenly spaced teacher layers), "random",
+        init: "auto" (the name's own start, see `students.STUDENTS`), "teacher" (evenly spaced teacher layers), "random",
             or a checkpoint (folder, hub id, package).
     """
 

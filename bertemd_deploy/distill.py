@@ -25,6 +25,7 @@ from bertemd_deploy.evaluate import check_teacher, dev_metrics, torch_logits
 from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES, task_facts
 from bertemd_deploy.families import sizes as teacher_sizes
 from bertemd_deploy.files import new_file, sha256_file, write_json
+from bertemd_deploy.kernels import quicken
 from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
 from bertemd_deploy.objective import Distiller, Objective
@@ -108,6 +109,7 @@ def distill(
         f"student: {sizes['student_layers']} of {sizes['teacher_layers']} layers, from {start}; mapping {settings.mapping}"
     )
     trained.to(device)
+    quicken(trained.student)
     mapping = LayerMapping(
         settings.mapping,
         sizes["teacher_layers"],
@@ -188,6 +190,7 @@ def distill(
         if beside is not None:
             beside(folder, record)
 
+    processes.wait()  # the others have read what is about to be replaced
     if processes.main:
         save_model(trained.student.cpu(), out, tokenizer_from=teacher_folder, beside=write_beside)
     processes.wait()

@@ -16,6 +16,7 @@ from bertemd_deploy.data import Dataset
 from bertemd_deploy.devices import matrix_precision, training_device, trains_in_bfloat16
 from bertemd_deploy.evaluate import dev_metrics
 from bertemd_deploy.families import known_inputs
+from bertemd_deploy.kernels import quicken
 from bertemd_deploy.losses import supervised_losses
 from bertemd_deploy.models import load_classifier, output_logits, save_model, set_labels
 from bertemd_deploy.processes import join_processes
@@ -67,6 +68,7 @@ def finetune(
 
     device = training_device()
     model.to(device)
+    quicken(model)
     done = fit(
         model,
         schedule=Schedule(
@@ -99,6 +101,7 @@ def finetune(
         "rows": len(data.splits["train"]),
         "model": model_folder.name,
     }
+    processes.wait()  # the others have read what is about to be replaced
     if processes.main:
         save_model(
             model.cpu(),

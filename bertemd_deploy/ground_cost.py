@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 P = ParamSpec("P")
 T = TypeVar("T")
 Method = Literal["scores", "factored"]
+Pairs = Mapping[int, Sequence[int]]  # a layer to those that its gradient is made of
 # float32 elements of all layers in one block: within a CPU's last cache, few launches on an accelerator.
 _BLOCK_CPU = 2**22
 _BLOCK_DEVICE = 2**28
@@ -146,12 +147,13 @@ class _AttentionSums(Function):
         heads = _Heads(flat, ctx.teachers, ctx.mask)
         needed = ctx.needs_input_grad[3:]
         wanted = [at for at in range(heads.layers) if needed[2 * at] or needed[2 * at + 1]]
-        weights = _pair_weights(gradient).cpu()  # chooses which pairs are computed at all
-        chosen = ctx.method or heads.cheaper_backward(weights, wanted)
+        weights = _pair_weights(gradient)
+        pairs = {at: _carrying(weights, at, heads.teachers) for at in wanted}
+        chosen = ctx.method or heads.cheaper_backward(pairs)
         found = [torch.zeros_like(part, memory_format=torch.preserve_format) if need else None
                  for part, need in zip(flat, needed, strict=True)]  # fmt: skip
         fill = heads.gradients_from_scores if chosen == "scores" else heads.gradients_factored
-        fill(weights, wanted, found)
+        fill(weights, pairs, found)
         return (None, None, None, *found)
 
 
@@ -192,14 +194,13 @@ class _Heads:
         own = self.teachers * d**2 + self.students * e**2
         return "factored" if 2 * tokens * (wide[0] * wide[1] + own) < scores else "scores"
 
-    def cheaper_backward(self, weights: Tensor, wanted: Sequence[int]) -> Method:
-        """Return the way with fewer multiplications for the pairs that `weights` (layers, layers) leaves over."""
-        tokens, factored = self.tokens, 0
-        for at in wanted:
-            for other in torch.nonzero(weights[at]).flatten().tolist():
-                factored += 4 * tokens * self._size(at) * self._size(other)
-        used = torch.nonzero(weights[list(wanted)].any(0)).flatten().tolist()
-        scores = tokens**2 * (sum(map(self._size, used)) + sum(2 * self._size(at) + len(used) for at in wanted))
+    def cheaper_backward(self, pairs: Pairs) -> Method:
+        """Return the way with fewer multiplications for the layers that each layer's gradient is made of."""
+        tokens, used = self.tokens, _union(pairs)
+        factored = sum(
+            4 * tokens * self._size(at) * self._size(other) for at, others in pairs.items() for other in others
+        )
+        scores = tokens**2 * (sum(map(self._size, used)) + sum(2 * self._size(at) + len(used) for at in pairs))
         return "factored" if factored < scores else "scores"
 
     def sums_from_scores(self) -> Tensor:
@@ -224,10 +225,10 @@ class _Heads:
             total += squares[:split, None] + squares[None, split:] - 2.0 * products
         return total
 
-    def gradients_from_scores(self, weights: Tensor, wanted: Sequence[int], found: Sequence[Tensor | None]) -> None:
-        used = torch.nonzero(weights[list(wanted)].any(0)).flatten().tolist()
+    def gradients_from_scores(self, weights: Tensor, pairs: Pairs, found: Sequence[Tensor | None]) -> None:
+        used, wanted = _union(pairs), list(pairs)
         # The maps are unscaled: their scales, and those of the gradients in queries and keys, go into the weights.
-        rows = weights[list(wanted)][:, used].to(self.flat[0].device) * self._scales(used)
+        rows = weights[wanted][:, used] * self._scales(used)
         rows *= self._scales(wanted)[:, None]
         maps, sums = _Memory(), _Memory()
         for block in self._blocks(self.layers * self.tokens**2):
@@ -238,15 +239,15 @@ class _Heads:
                 query, key = block.queries[at], block.keys[at]
                 self._put(found, block, at, torch.bmm(slope, key), torch.bmm(slope.transpose(-1, -2), query))
 
-    def gradients_factored(self, weights: Tensor, wanted: Sequence[int], found: Sequence[Tensor | None]) -> None:
+    def gradients_factored(self, weights: Tensor, pairs: Pairs, found: Sequence[Tensor | None]) -> None:
         d, e = self.sizes
         for block in self._blocks(self.tokens * (self.teachers * d + self.students * e)):
             queries, keys = self._scaled(block)
-            for at in wanted:
+            for at, others in pairs.items():
                 query, key = queries[at], keys[at]
                 slopes = [torch.zeros_like(query), torch.zeros_like(key)]
-                for other in torch.nonzero(weights[at]).flatten().tolist():
-                    weight = float(weights[at, other])
+                for other in others:
+                    weight = weights[at, other]
                     slopes[0] += weight * (queries[other] @ (keys[other].transpose(-1, -2) @ key))
                     slopes[1] += weight * (keys[other] @ (queries[other].transpose(-1, -2) @ query))
                 # Scaled queries hold 1 / sqrt(d): the gradient in the key has its share of it already.
@@ -290,8 +291,8 @@ class _Heads:
     def _blocks(self, elements: int) -> Iterator[_Block]:
         """Yield every example and head once, in blocks; `elements` is what one head of one example takes in a block."""
         groups = max(1, _block_elements(self.flat[0]) // elements)
-        if groups >= 2 * self.heads:
-            step = groups // self.heads
+        if groups >= 2 * self.heads or self.flat[0].device.type != "cpu":  # counting tokens would wait for a device
+            step = max(1, groups // self.heads)
             for start in range(0, self.batch, step):
                 yield self._several(slice(start, min(start + step, self.batch)))
             return
@@ -337,8 +338,8 @@ class _Memory:
 
 def _block_sums(block: Tensor, teachers: int, *, scales: Tensor) -> Tensor:
     """Return the (M, N) float64 sums of squared differences of a (M + N, K) block whose rows have yet to be scaled."""
-    squares = (torch.linalg.vector_norm(block, dim=1) * scales).double().square()
-    products = (block[:teachers] @ block[teachers:].T) * scales[:teachers, None] * scales[teachers:]
+    squares: Tensor = (torch.linalg.vector_norm(block, dim=1) * scales).double().square()
+    products: Tensor = (block[:teachers] @ block[teachers:].T) * scales[:teachers, None] * scales[teachers:]
     return squares[:teachers, None] + squares[None, teachers:] - 2.0 * products.double()
 
 
@@ -370,6 +371,21 @@ def _pair_weights(gradient: Tensor) -> Tensor:
     weights[:teachers, teachers:] = -gradient
     weights[teachers:, :teachers] = -gradient.T
     return 2.0 * weights.float()
+
+
+def _carrying(weights: Tensor, at: int, teachers: int) -> list[int]:
+    """Return the layers that layer `at`'s gradient is made of: on a CPU those of weight, else all that may have some.
+
+    Looking at an accelerator's numbers would wait for it.
+    """
+    if weights.device.type == "cpu":
+        return [int(other) for other in torch.nonzero(weights[at]).flatten()]
+    layers = range(len(weights))
+    return [other for other in layers if other == at or (other < teachers) != (at < teachers)]
+
+
+def _union(pairs: Pairs) -> list[int]:
+    return sorted({other for others in pairs.values() for other in others})
 
 
 def _zeros(rows: int, columns: int, *, like: Tensor) -> Tensor:

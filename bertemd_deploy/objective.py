@@ -106,7 +106,7 @@ class Objective:
                 losses = {"prediction": self._prediction(teacher, student, part) / batch.units}
                 if self.layers:
                     costs = self._costs(teacher, student, part, batch)
-                    flows = flows or self._flows(costs.detach())
+                    flows = flows or self._flows(costs)
                     losses |= self._layer_losses(costs, flows, teacher, student, part, batch)
             loss = total_loss(**losses, beta=self.settings.beta, theta=self.settings.theta)
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -164,7 +164,8 @@ class Objective:
 
     def _flows(self, costs: Tensor) -> dict[str, Tensor]:
         """Return the step's flows, by side, from this process's share of the costs."""
-        return self.mapping.step(self.processes.sum(costs) if self.mapping.solves else None)
+        # A copy is summed: the part's own costs are still to be weighed with the flows.
+        return self.mapping.step(self.processes.sum(costs.detach().clone()) if self.mapping.solves else None)
 
     def _zero(self) -> Tensor:
         return torch.zeros(2, len(self.rows), self.mapping.student_layers, device=self.device)

@@ -7,9 +7,11 @@ over all is little: two cost matrices before the flow is solved, and the gradien
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,7 +56,7 @@ class Processes:
         Raises:
             TrainingError: another process died or does not answer.
         """
-        self.sum(torch.zeros(1, device=training_device()))
+        self.sum(torch.zeros(1, device=training_device())).item()  # a GPU's sum returns before it is done
 
 
 @contextlib.contextmanager
@@ -62,9 +64,9 @@ def _collective(processes: Processes) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:160]
         raise TrainingError(
-            f"process {processes.rank} of {processes.size}: another training process ended or does not answer ({reason}). "
+            f"process {processes.rank} of {processes.size}: another training process ended or does not answer "
+            f"({_reason(error)}). "
             "The last checkpoint is kept; the same command continues from it, on any number of processes."
         ) from error
 
@@ -89,13 +91,43 @@ def join_processes() -> Processes:
     if not processes.main:
         silence()
     if not dist.is_initialized():
-        backend = "nccl" if training_device().type == "cuda" else "gloo"
+        device = training_device()
+        if device.type == "cuda":
+            _take_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=_PATIENCE)
+            atexit.register(_leave)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:160]
             raise TrainingError(
-                f"process {rank} of {size}: the other training processes cannot be reached ({reason}). Check MASTER_ADDR and "
-                "MASTER_PORT, or start them together with `accelerate launch`."
+                f"process {rank} of {size}: the other training processes cannot be reached ({_reason(error)}). Check "
+                "MASTER_ADDR and MASTER_PORT, or start them together with `accelerate launch`."
             ) from error
     return processes
+
+
+def _reason(error: Exception) -> str:
+    """Return the first sentence of torch's message, without the place in its source."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0][:160]
+
+
+def _leave() -> None:
+    """Close the connections; torch's threads would otherwise abort a process that ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _take_device(device: torch.device) -> None:
+    """Make `device` this process's own.
+
+    Raises:
+        TrainingError: there are fewer GPUs than processes on this machine.
+    """
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise TrainingError(
+            f"process {device.index} of this machine has no GPU: there are {count}. Start at most {count} per machine, or set "
+            "ACCELERATE_USE_CPU=true to train on its CPUs."
+        )
+    torch.cuda.set_device(device)

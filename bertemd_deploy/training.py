@@ -123,7 +123,7 @@ def fit(
         TrainingError: the loss is not finite, a checkpoint cannot be read, memory is short, or another process died.
         ArtifactError: a checkpoint could not be written (full disk); the one before it is kept.
         UnfinishedError: `schedule.max_minutes` are over; a checkpoint was written.
-        KeyboardInterrupt: on SIGINT, after a checkpoint at the end of the step.
+        KeyboardInterrupt: on SIGINT or SIGTERM, after a checkpoint at the end of the step.
     """
     processes = processes or Processes()
     run = _Run(model, schedule, objective, extra_state or NoState(), checkpoints, log, name, metric, processes)
@@ -148,6 +148,7 @@ def fit(
             run.stop_if_told(interrupted.is_set())
     processes.wait()  # the best weights are on disk
     load_best(checkpoints, model)
+    processes.wait()  # and were read by all, so that the main process may move them
     model.eval()
     return done
 
@@ -177,6 +178,8 @@ class _Run:
         self.done = Progress()
         self.told_to_stop = False
         self.time_is_over = False
+        self.estimated = False
+        self.unseen: Tensor | float = 0.0  # sum of the losses that were not looked at since the last that was
 
     def continue_from_checkpoint(self) -> None:
         if self.processes.main:
@@ -198,13 +201,15 @@ class _Run:
             group["lr"] = rate
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
+        outcome: Outcome | None = None
         try:
             outcome = self.objective(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            message = str(error).strip().splitlines()[0][:120]
-            raise self._out_of_memory(batch, batching, data, message) from None
+            message = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        if outcome is None:  # only now is the error gone, and with it what the step had allocated
+            raise self._out_of_memory(batch, batching, data, message)
         now = time.monotonic()
         over = schedule.max_minutes is not None and now - self.started >= schedule.max_minutes * 60
         flags = torch.tensor([float(interrupted.is_set()), float(over)], device=outcome.loss.device)
@@ -218,14 +223,12 @@ class _Run:
         logs = done.step % schedule.logging_steps == 0 or done.step == 1
         if not logs and totals.device.type != "cpu":  # looking would wait for the device
             self.optimizer.step()
-            self.told_to_stop, self.time_is_over = interrupted.is_set(), over
+            self.unseen = self.unseen + totals[2]
+            alone = self.processes.size == 1  # several stop together, at a step where all see that one was told to
+            self.told_to_stop, self.time_is_over = alone and interrupted.is_set(), alone and over
             return None
         stop, time_over, loss, *parts = totals.tolist()
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {done.step}: the loss is {loss}. Lower the learning rate (distill.learning_rate or "
-                "teacher.learning_rate), or look for broken weights in the model it started from."
-            )
+        self._check_finite(loss)
         self.optimizer.step()
         self.told_to_stop, self.time_is_over = stop > 0, time_over > 0
         if logs and self.processes.main:
@@ -233,23 +236,34 @@ class _Run:
             speed = {"learning_rate": rate, "tokens_per_s": round(done.tokens / max(done.seconds, 1e-9), 1)}
             line = {"step": done.step, "epoch": len(done.epochs) + 1, "loss": loss}
             append_log(self.log, line | losses | outcome.log() | speed)
-        if done.step - self.before[0] == _ESTIMATE_AFTER:
+        if not self.estimated and done.step - self.before[0] >= _ESTIMATE_AFTER:
             self._estimate()
         return float(loss)
+
+    def _check_finite(self, loss: float) -> None:
+        total = loss + float(self.unseen)
+        self.unseen = 0.0
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"step {self.done.step}: the loss is {total}. Lower the learning rate (distill.learning_rate or "
+                "teacher.learning_rate), or look for broken weights in the model it started from."
+            )
 
     def _sum_gradients(self, tail: Tensor) -> Tensor:
         """Add up every parameter's gradient and `tail` over the processes, in one exchange; return the summed tail."""
         if self.processes.size == 1:
             return tail
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = self.processes.sum(torch.cat([*(gradient.reshape(-1) for gradient in gradients), tail]))
-        at = 0
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            part = flat[at : at + gradient.numel()].view_as(gradient)
-            at += gradient.numel()
-            if parameter.grad is not None or part.any():  # a parameter that nobody used stays without a gradient
-                parameter.grad = part
-        return flat[at:]
+        used = torch.tensor([float(p.grad is not None) for p in self.parameters], device=tail.device)
+        flat = self.processes.sum(torch.cat([*(gradient.reshape(-1) for gradient in gradients), used, tail]))
+        sizes = [*(gradient.numel() for gradient in gradients), len(used), len(tail)]
+        *parts, used, tail = torch.split(flat, sizes)
+        absent = [at for at, parameter in enumerate(self.parameters) if parameter.grad is None]
+        unused = {at for at, users in zip(absent, used[absent].tolist(), strict=True) if not users} if absent else set()
+        for at, (parameter, part) in enumerate(zip(self.parameters, parts, strict=True)):
+            if at not in unused:  # a parameter that no process used stays without a gradient
+                parameter.grad = part.view_as(parameter)
+        return tail
 
     def keep_or_stop(self) -> None:
         """Write a checkpoint where one is due; stop where that was asked for."""
@@ -287,10 +301,12 @@ class _Run:
 
     def save(self) -> None:
         if self.processes.main:
+            self._check_finite(0.0)
             save_checkpoint(self.checkpoints, self.model, self.optimizer, self.extra, self.done)
         self.saved = time.monotonic()
 
     def _estimate(self) -> None:
+        self.estimated = True
         tokens = self.done.tokens - self.before[1]
         speed = tokens / max(time.monotonic() - self.started, 1e-9)
         minutes = (self.total_tokens - self.done.tokens) / speed / 60
@@ -355,20 +371,22 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimize
 
 @contextlib.contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn the first SIGINT into an event that the loop sees between steps; a second one ends the process at once."""
+    """Turn the first SIGINT or SIGTERM into an event that the loop sees between steps; a second ends the process at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
 
-    def handle(_number: int, _frame: Any) -> None:
+    def handle(number: int, _frame: Any) -> None:
         if event.is_set():
-            os._exit(130)
+            os._exit(128 + number)
         event.set()
         note("stopping after this step; the state is kept (interrupt again to stop at once)")
 
-    previous = signal.signal(signal.SIGINT, handle)
+    # SIGTERM is how schedulers and containers end a process, and torchrun the others when one of them died.
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from bertemd_deploy import ground_cost
 from bertemd_deploy.emd import attention_cost, hidden_cost
-from bertemd_deploy.ground_cost import _Heads, _pair_weights
+from bertemd_deploy.ground_cost import _carrying, _Heads, _pair_weights
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -113,9 +113,29 @@ def test_the_way_is_chosen_by_length_and_backward_by_the_pairs_that_carry_flow()
     assert heads(512).cheaper_forward() == "factored"
     one = torch.zeros(12, 4)
     one[3, 0] = 1.0
-    students = range(12, 16)
-    assert heads(512).cheaper_backward(_pair_weights(one), students) == "factored"
-    assert heads(16).cheaper_backward(_pair_weights(torch.ones(12, 4)), students) == "scores"
+    sparse, full = (
+        {at: _carrying(_pair_weights(flow), at, 12) for at in range(12, 16)} for flow in (one, torch.ones(12, 4))
+    )
+    assert sparse == {12: [3, 12], 13: [], 14: [], 15: []}
+    assert heads(512).cheaper_backward(sparse) == "factored"
+    assert heads(16).cheaper_backward(full) == "scores"
+
+
+def test_on_a_device_every_pair_is_computed_rather_than_looked_for() -> None:
+    weights = torch.empty(16, 16, device="meta")
+    assert _carrying(weights, 12, 12) == [*range(12), 12]
+    assert _carrying(weights, 3, 12) == [3, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize("method", ["scores", "factored"])
+def test_pairs_without_flow_change_nothing(monkeypatch: pytest.MonkeyPatch, method: Any) -> None:
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    compute = functools.partial(attention_cost, mask=mask, method=method)
+    _, left_out = with_gradients(compute, heads_of(9), FLOW)
+    monkeypatch.setattr(ground_cost, "_carrying", lambda weights, at, teachers: list(range(len(weights))))
+    _, computed = with_gradients(compute, heads_of(9), FLOW)
+    for left, right in zip(left_out, computed, strict=True):
+        assert_close(left, right, rtol=1e-5, atol=1e-7)
 
 
 def test_no_score_map_is_kept_for_the_backward_pass() -> None:
