@@ -142,6 +142,7 @@ class OurStep:
         )
         self.run.total_steps = 10**9  # the learning rate stays as it is
         self.run.continue_from_checkpoint()
+        self.run.estimated = True  # no end to estimate
 
     def batch(self, data: DataSlice, rows: NDArray[np.int64], *, length: int | None = None) -> Batch:
         """Return `rows` as one batch, padded to `length` or the longest row."""

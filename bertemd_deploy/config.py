@@ -43,6 +43,8 @@ class TeacherSettings:
         finetune: "auto" fine-tunes a checkpoint without a classification head, "always" any, "never" none.
         precision: of matrix products in training; "auto" is bfloat16 where the processor has it (AVX512-BF16, AMX).
             Weights, optimiser, costs and losses stay float32.
+        micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same up to rounding
+            and dropout's draws.
     """
 
     model: str = ""
@@ -55,6 +57,7 @@ class TeacherSettings:
     weight_decay: float = _bounded(0.01, 0, 1)
     seed: int = _bounded(42, 0, 2**31)
     precision: Precision = "auto"
+    micro_batch_size: int | None = _bounded(None, 1, 4096)
     checkpoint_seconds: float = _bounded(60.0, 0)
 
 
@@ -114,8 +117,9 @@ class DistillSettings:
         separate_marginals: keep attention and hidden marginals apart instead of averaging them.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
         precision: of matrix products in training, as in `TeacherSettings`.
-        micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same: costs of all
-            parts are joined before a flow is solved, at the price of a second forward pass.
+        micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same up to rounding
+            and dropout's draws: costs of all parts are joined before a flow is solved, at the price of a second forward
+            pass.
         teacher_cache_bytes: disk space for the teacher's outputs, kept from the first epoch on where reading them back is
             measured to be faster than computing them; 0 keeps none.
         augmentation: "dropout" adds copies of the train rows with tokens left out, "mlm" copies with tokens replaced by
@@ -428,6 +432,9 @@ def _combination_faults(recipe: Recipe) -> list[str]:
         faults.append("distill: alpha 0 and beta 0 leave nothing of the teacher; raise one, or use mapping: none")
     if distill.emd_temperature != 1 and distill.cost_attention == "ratio" and distill.mapping == "emd":
         faults.append("distill.emd_temperature only acts with cost_attention: softmax; remove it or switch")
+    kind = TASKS[recipe.data.task].kind if recipe.data.task in TASKS else None
+    if distill.augmentation != "none" and kind in ("token-classification", "question-answering"):
+        faults.append(f"distill.augmentation: labels of {kind} belong to token positions; use augmentation: none")
     graphs = recipe.bench.graphs or ()
     unknown = [graph for graph in graphs if graph not in GRAPHS]
     if unknown:

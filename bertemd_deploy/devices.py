@@ -35,6 +35,14 @@ def matrix_precision(device: torch.device, *, bfloat16: bool) -> contextlib.Abst
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is torch's or Python's word for a machine or GPU without memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
+
+
 def keep_products_in_bfloat16(model: nn.Module) -> None:
     """Keep a frozen model's linear weights in bfloat16: the same values that autocast makes of them at every step."""
     for module in model.modules():

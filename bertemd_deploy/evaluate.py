@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import nn
 from bertemd_deploy.answers import answer_scores
 from bertemd_deploy.artifact import NOT_SCORED, DataSlice
 from bertemd_deploy.checkpoints import checked_encoder, label_order
-from bertemd_deploy.console import progress
+from bertemd_deploy.console import note, progress
 from bertemd_deploy.data import Dataset
+from bertemd_deploy.devices import is_out_of_memory
 from bertemd_deploy.encoding import Encoded
-from bertemd_deploy.errors import ModelError
+from bertemd_deploy.errors import ModelError, TrainingError
 from bertemd_deploy.families import known_inputs
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier, output_logits, reorder_outputs
@@ -34,11 +36,14 @@ def torch_logits(
 ) -> NDArray[np.float32]:
     """Return a model's outputs over all `examples`, in their order, run in batches of like length.
 
-    Several processes share the work; each gets all of the outputs.
+    Several processes share the work; each gets all of the outputs. Where memory is short, fewer rows are run at once.
 
     Returns:
         (n, outputs) float32; of a model that reads every token ragged as the tokens are: (sum of lengths, labels), or
         (sum of lengths, 2) start and end logits for question answering.
+
+    Raises:
+        TrainingError: there is no memory for one row.
     """
     processes = processes or Processes()
     if len(examples) < processes.size:
@@ -51,10 +56,11 @@ def torch_logits(
         with torch.inference_mode():
             return np.asarray(output_logits(model(**given)).float().cpu().numpy())
 
+    fitting = _Fitting(run, most=batch_size)
     mine = np.arange(len(examples))[processes.rank :: processes.size]
     part = examples if processes.size == 1 else examples.select(mine)
     with progress("evaluate", len(part)) as bar:
-        found = collect_logits(run, part, pad_id=pad_id, batch_size=batch_size, done=bar.advance)
+        found = collect_logits(fitting, part, pad_id=pad_id, batch_size=batch_size, done=bar.advance)
     if processes.size == 1:
         return found
     ragged = len(found) != len(part)
@@ -62,6 +68,43 @@ def torch_logits(
     total = np.zeros((len(examples.tokens) if ragged else len(examples), found.shape[-1]), dtype=np.float32)
     total[places] = found
     return np.asarray(processes.sum(torch.from_numpy(total).to(device)).cpu().numpy())
+
+
+class _Fitting:
+    """Runs a model on as many rows at once as memory allows, which is found out by halving."""
+
+    def __init__(self, run: Callable[[dict[str, NDArray[np.int64]]], NDArray[np.float32]], *, most: int) -> None:
+        self._run, self._most = run, most
+
+    def __call__(self, inputs: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        rows, width = inputs["input_ids"].shape
+        found: list[NDArray[np.float32]] = []
+        at = 0
+        while at < rows:
+            size = min(self._most, rows - at)
+            outputs = self._try({name: value[at : at + size] for name, value in inputs.items()})
+            if outputs is not None:
+                found.append(outputs)
+                at += size
+                continue
+            if size == 1:
+                raise TrainingError(
+                    f"evaluation: out of memory with one row of {width} tokens. Lower data.max_length, or use a machine "
+                    "with more memory. The last checkpoint of a training run is kept."
+                )
+            self._most = size // 2
+            note(f"evaluation: out of memory with {size} rows of {width} tokens; going on with {self._most} at once")
+            gc.collect()
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _try(self, inputs: dict[str, NDArray[np.int64]]) -> NDArray[np.float32] | None:
+        """Return the outputs; None where memory is short, with what was allocated gone."""
+        try:
+            return self._run(inputs)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
 
 def dev_metrics(

@@ -79,6 +79,7 @@ def finetune(
             settings.weight_decay,
             settings.seed,
             checkpoint_seconds=settings.checkpoint_seconds,
+            micro_batch_size=settings.micro_batch_size,
             max_minutes=max_minutes,
         ),
         data=train,

@@ -31,8 +31,7 @@ def launch_processes() -> None:
         if os.environ.get("RANK", "0") != "0":
             silence()
         return
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if "MASTER_ADDR" not in os.environ or not on_cpu:  # accelerate names an address for more than one process only
+    if not is_one_of_several_to_be():
         return
     arguments = sys.argv[1:]
     command = _parents_command()
@@ -52,6 +51,13 @@ def launch_processes() -> None:
         )
     if count > 1:
         _become_torchrun(count, arguments)
+
+
+def is_one_of_several_to_be() -> bool:
+    """Say whether accelerate was asked for several processes on CPUs and started this one alone."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    # accelerate names an address for more than one process only
+    return "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and on_cpu
 
 
 def read_option(command: Sequence[str], name: str) -> int | None:

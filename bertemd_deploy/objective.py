@@ -8,7 +8,7 @@ and, the flow known, once more with them, under the same dropout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,16 @@ from bertemd_deploy.processes import Processes
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.training import Outcome
 
-TeacherCache = Callable[[NDArray[np.int64], dict[str, Tensor]], dict[str, Tensor]]
+
+class TeacherCache(Protocol):
+    """Keeps what the teacher computes of each row."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether it will never keep anything."""
+
+    def __call__(self, rows: NDArray[np.int64], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the teacher's tensors of a batch, as `Objective.teacher_tensors` does."""
 
 
 class Distiller(nn.Module):
@@ -129,6 +138,8 @@ class Objective:
         return {"logits": found.logits, "embedding": found.embeddings[0], **layers}
 
     def _teacher(self, part: Part) -> LayerOutputs:
+        if self.cache is not None and self.cache.refused:
+            self.cache = None
         if self.cache is None:
             return self._run_teacher(part.inputs)
         kept = self.cache(part.rows, part.inputs)

@@ -6,8 +6,9 @@ is B contiguous reads; each number keeps its bits (bfloat16 as 16-bit patterns).
     rows.bin       row k's tensors from byte `starts[k]` on; reserved whole at the start, so the disk cannot fill up later
     rows.crc       one uint64 a row: 2^32 + CRC-32 of the row's bytes, or 0 while it is not written
     complete.json  hash of rows.crc, written once all rows are on the disk
-A row's checksum is written after its bytes, and compared when a process first reads the row. A mismatch in a complete store
-is an error; before that it is what a killed machine left, and the row counts as not written.
+A row's checksum is written after its bytes, and compared at every read: a disk or memory may lose a bit at any time. A
+mismatch is an error, unless the row was left by an earlier process in a store that is not complete, and has not been read
+whole since: that is what a killed machine leaves, and the row counts as not written.
 
 Several processes of one machine share a store: one creates it, each opens it and writes the rows it computed. Rows are
 read and written with `pread` and `pwrite` rather than mapped: a broken disk is then an error, not a killed process.
@@ -140,7 +141,6 @@ class RowStore:
             self._open_file(DATA, int(self._starts[-1]))
             self._open_file(CHECKSUMS, _ALIGNMENT * len(lengths))
             self._marks = self._read_marks()
-            self._trusted = np.zeros(len(lengths), dtype=bool)
             self._doubtful = self._written().copy()  # by a process before: its bytes may have been lost
             self.complete = (folder / COMPLETE).exists()
             if self.complete:
@@ -196,6 +196,16 @@ class RowStore:
         if not path.exists():
             return None
         try:
+            return cls._open(folder, key=key, lengths=lengths, at_most=at_most)
+        except TrainingError:
+            if not path.exists():  # another process has just removed it, the header first
+                return None
+            raise
+
+    @classmethod
+    def _open(cls, folder: Path, *, key: str, lengths: NDArray[np.int64], at_most: int) -> RowStore | None:
+        path = folder / HEADER
+        try:
             header = read_json(path, what="header of the teacher cache")
             own = header.pop("sha256", None)
             if own != sha256_json(header):
@@ -235,10 +245,10 @@ class RowStore:
 
         Returns:
             The tensors by name, on the CPU, in the dtypes that were stored; and (B,) bool, False where a row is not
-            written or, in a store that is not complete, was torn: its place is all zeros.
+            written or was torn when a machine was killed: its place is all zeros.
 
         Raises:
-            TrainingError: a row of a complete store is not what was written, or cannot be read.
+            TrainingError: a row is not what was written, or cannot be read.
         """
         held = self.has(rows)
         batch = {part.name: part.empty(len(rows), width) for part in self.parts}
@@ -315,16 +325,13 @@ class RowStore:
         return views
 
     def _read_row(self, row: int) -> bool:
-        """Fill the buffer with a row; False if it is torn and the store not complete."""
+        """Fill the buffer with a row; False if an earlier process left it torn and the store is not complete."""
         piece = self._buffer.data[: int(self._sizes[row])]
         whole = self._read(DATA, piece, int(self._starts[row]))
-        if whole and self._trusted[row]:
-            return True
         if whole and zlib.crc32(piece) == int(self._marks[row]) - _WRITTEN:
-            self._trusted[row] = True
             self._doubtful[row] = False
             return True
-        if self.complete or (self.folder / COMPLETE).exists():
+        if not self._doubtful[row] or self.complete or (self.folder / COMPLETE).exists():
             raise _damaged(self.folder / DATA, f"row {row} is not what was written")
         self._marks[row] = 0
         return False
@@ -337,7 +344,6 @@ class RowStore:
             _write(self._files[CHECKSUMS], memoryview(self._marks[row : row + 1].tobytes()), _ALIGNMENT * row)
         except OSError as error:
             raise self._give_up(error) from error
-        self._trusted[row] = True
         self._doubtful[row] = False
 
     def _read(self, name: str, target: memoryview, offset: int) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bertemd_deploy.console import note
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import TrainingError
-from bertemd_deploy.files import sha256_json
+from bertemd_deploy.files import sha256_json, write_text
 from bertemd_deploy.row_store import FORMAT, Part, RowStore, remove_store, row_sizes, store_bytes
 
 # Names of what is kept: whether layers come before B, as in `capture.LayerOutputs`. Logits have T for tagging only.
@@ -146,9 +146,9 @@ def cache_key(teacher: nn.Module, examples: Encoded, *, max_length: int, precisi
 class CachedTeacher:
     """A frozen teacher whose outputs are computed, then kept, then read, by row number.
 
-    With several processes on one machine, the leader decides and makes the folder; the others look for it at each call
-    and use it once it is there. Nobody waits for anybody, so that they need not call in step; every process is given the
-    same folder, key and rows, and writes the rows it computed.
+    With several processes on one machine, the leader decides and makes the folder, or a file beside it that says no; the
+    others look for either at each call. Nobody waits for anybody, so that they need not call in step; every process is
+    given the same folder, key and rows, and writes the rows it computed. All are made before the first is called.
     """
 
     def __init__(
@@ -189,6 +189,7 @@ class CachedTeacher:
         if not leader:
             return
         remove_store(_probe_folder(folder))  # of a killed process
+        _refusal(folder).unlink(missing_ok=True)  # another day, another disk
         if self._store is not None:
             held = f"{self._store.held:,} of {len(examples):,} rows"
             self.decision = Decision(True, f"used: continuing with {held} in {folder}")
@@ -207,16 +208,21 @@ class CachedTeacher:
             TrainingError: the inputs are not those rows, or the cache is damaged.
             ArtifactError: the disk refused a write; the cache is removed.
         """
-        if self.decision is not None and not self.decision.use:
+        if self._store is None and not self._leader and not self.refused:
+            self._follow()
+        if self.refused:
             with torch.no_grad():
                 return self._compute(inputs)
         rows = np.asarray(rows, dtype=np.int64)
         self._check(rows, inputs)
-        if self._store is None and not self._leader:
-            self._store = self._find()
         if self._store is None:
             return self._measure(rows, inputs)
         return self._through(self._store, rows, inputs)
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was decided not to keep anything: the teacher may as well be asked directly."""
+        return self.decision is not None and not self.decision.use
 
     def close(self, *, remove: bool = False) -> None:
         """Let go of the files; with `remove`, when the run is over, the leader takes the cache off the disk."""
@@ -225,6 +231,13 @@ class CachedTeacher:
             self._store = None
         if remove and self._leader:
             remove_store(self._folder)
+            _refusal(self._folder).unlink(missing_ok=True)
+
+    def _follow(self) -> None:
+        """Take up what the leader has decided, if it has."""
+        self._store = self._find()
+        if self._store is None and _refusal(self._folder).exists():
+            self.decision = Decision(False, "not used: so the main process decided")
 
     def _find(self) -> RowStore | None:
         return RowStore.open(self._folder, key=self._key, lengths=self._lengths, at_most=self._budget)
@@ -283,6 +296,8 @@ class CachedTeacher:
         if self.decision.use:
             self._store = RowStore.create(self._folder, key=self._key, parts=parts, lengths=self._lengths)
             self._store.store(rows, outputs)
+        elif self._processes > 1:
+            write_text(_refusal(self._folder), f"{self.decision.why}\n")
 
     def _check(self, rows: NDArray[np.int64], inputs: Mapping[str, Tensor]) -> None:
         """Refuse a batch whose tokens are not those of its rows: its outputs would be another text's."""
@@ -337,6 +352,11 @@ def probe(
 
 def _probe_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-probe")
+
+
+def _refusal(folder: Path) -> Path:
+    """Return the file by which the leader tells the others that there will be no cache."""
+    return folder.with_name(f"{folder.name}-refused.txt")
 
 
 def _existing(folder: Path) -> Path:

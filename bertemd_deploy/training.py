@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.batching import Batch, Batching
 from bertemd_deploy.console import note, progress
-from bertemd_deploy.devices import training_device
+from bertemd_deploy.devices import is_out_of_memory, training_device
 from bertemd_deploy.errors import TrainingError, UnfinishedError
 from bertemd_deploy.files import discard_partial
 from bertemd_deploy.processes import Processes
@@ -44,6 +44,7 @@ from bertemd_deploy.training_state import (
 
 _NO_DECAY = ("bias", "LayerNorm.weight")
 _ESTIMATE_AFTER = 20  # steps
+_MICRO = "distill.micro_batch_size (of the stage finetune: teacher.micro_batch_size)"
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def fit(
             run.save()
             run.stop_if_told(interrupted.is_set())
     processes.wait()  # the best weights are on disk
-    load_best(checkpoints, model)
+    load_best(checkpoints, model, epoch=done.best_epoch)
     processes.wait()  # and were read by all, so that the main process may move them
     model.eval()
     return done
@@ -205,31 +206,34 @@ class _Run:
         try:
             outcome = self.objective(batch)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            message = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            message = _first_line(error)
         if outcome is None:  # only now is the error gone, and with it what the step had allocated
             raise self._out_of_memory(batch, batching, data, message)
         now = time.monotonic()
         over = schedule.max_minutes is not None and now - self.started >= schedule.max_minutes * 60
         flags = torch.tensor([float(interrupted.is_set()), float(over)], device=outcome.loss.device)
         shares = torch.stack([outcome.loss, *outcome.parts.values()]).float()
-        totals = self._sum_gradients(torch.cat([flags, shares]))
-        if schedule.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters, schedule.max_grad_norm, foreach=True)
+        with self._update_of(batch):
+            totals = self._sum_gradients(torch.cat([flags, shares]))
+            if schedule.max_grad_norm:
+                nn.utils.clip_grad_norm_(self.parameters, schedule.max_grad_norm, foreach=True)
         done.step += 1
         done.tokens += batch.tokens
         done.seconds = self.before[2] + now - self.started
         logs = done.step % schedule.logging_steps == 0 or done.step == 1
         if not logs and totals.device.type != "cpu":  # looking would wait for the device
-            self.optimizer.step()
+            with self._update_of(batch):
+                self.optimizer.step()
             self.unseen = self.unseen + totals[2]
             alone = self.processes.size == 1  # several stop together, at a step where all see that one was told to
             self.told_to_stop, self.time_is_over = alone and interrupted.is_set(), alone and over
             return None
         stop, time_over, loss, *parts = totals.tolist()
         self._check_finite(loss)
-        self.optimizer.step()
+        with self._update_of(batch):
+            self.optimizer.step()
         self.told_to_stop, self.time_is_over = stop > 0, time_over > 0
         if logs and self.processes.main:
             losses = {"losses": dict(zip(outcome.parts, parts, strict=True))} if parts else {}
@@ -239,6 +243,26 @@ class _Run:
         if not self.estimated and done.step - self.before[0] >= _ESTIMATE_AFTER:
             self._estimate()
         return float(loss)
+
+    @contextlib.contextmanager
+    def _update_of(self, batch: Batch) -> Iterator[None]:
+        """Tell what to do where the gradients' sum or the optimiser (at its first step) finds no memory.
+
+        Raises:
+            TrainingError: memory is short.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            most = max((len(part.rows) for part in batch.parts), default=1)
+            smaller = f"Set {_MICRO} to {most // 2}, " if most > 1 else "Take "
+            raise TrainingError(
+                f"step {batch.number + 1}: out of memory in the update of the weights, after parts of {most} rows "
+                f"({_first_line(error)}). {smaller}{'or take ' if most > 1 else ''}a smaller model or a machine with more "
+                "memory. The last checkpoint is kept."
+            ) from error
 
     def _check_finite(self, loss: float) -> None:
         total = loss + float(self.unseen)
@@ -280,7 +304,8 @@ class _Run:
         if self.time_is_over:
             raise UnfinishedError(
                 f"{self.name}: stopped after {self.schedule.max_minutes:g} minutes, as --max-minutes says, at step "
-                f"{self.done.step:,} of {self.total_steps:,}. The same command continues from here."
+                f"{self.done.step:,} of {self.total_steps:,}. The same command (without --force or --from) continues "
+                "from here."
             )
 
     def finish_epoch(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
@@ -293,7 +318,7 @@ class _Run:
             done.best_epoch = len(done.epochs)
         if self.processes.main:
             if done.best_epoch == len(done.epochs):
-                save_best(self.checkpoints, self.model)
+                save_best(self.checkpoints, self.model, epoch=done.best_epoch)
             line = {"step": done.step, "epoch": len(done.epochs), "dev": metrics, "best_epoch": done.best_epoch}
             append_log(self.log, line)
         shown = " ".join(f"{key} {value:.4f}" for key, value in metrics.items())
@@ -322,7 +347,7 @@ class _Run:
             f"({message}). "
         )
         if self.processes.size > 1:
-            return TrainingError(f"{where}Set distill.micro_batch_size (or teacher.batch_size) to {max(1, size // 2)}.")
+            return TrainingError(f"{where}Set {_MICRO} to {max(1, size // 2)}.")
         while size > 1:
             size //= 2
             self.optimizer.zero_grad(set_to_none=True)
@@ -331,12 +356,12 @@ class _Run:
             try:
                 self.objective(smaller.batch(data, torch.tensor(rows).numpy(), number=batch.number))
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 continue
             return TrainingError(
-                f"{where}{size} rows at once were tried and fit: set distill.micro_batch_size to {size} for the same result "
-                f"(in fine-tuning, teacher.batch_size). The same command then continues."
+                f"{where}Parts of {size} were tried and fit: set {_MICRO} to {size} for the same result up to rounding and "
+                "dropout's draws. The command then continues."
             )
         return TrainingError(f"{where}Not even one row fits. Lower data.max_length, or use a machine with more memory.")
 
@@ -345,11 +370,8 @@ def _longest(batch: Batch) -> int:
     return max(part.inputs["input_ids"].shape[1] for part in batch.parts)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def learning_rate(step: int, *, total: int, schedule: Schedule) -> float:

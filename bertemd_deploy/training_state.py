@@ -1,7 +1,8 @@
 """What a training run keeps on disk: resumable checkpoints, the best weights so far, and the log.
 
 A checkpoint is one safetensors file, written whole: weights, optimiser, extra state, and where the run stands. It says nothing
-of the number of processes, so another number continues it.
+of the number of processes, so another number continues it. The best weights lie beside it under their epoch's number, and
+those that the last checkpoint names stay until the next one is on disk: a run killed between the two writes has both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bertemd_deploy.console import note
 from bertemd_deploy.errors import TrainingError
 from bertemd_deploy.files import new_file, write_error
 
-BEST = "best.safetensors"
+OLD_BEST = "best.safetensors"  # as runs of version 0.1 and before name it, whatever the epoch
 
 
 class ExtraState(Protocol):
@@ -57,7 +58,7 @@ class Progress:
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: ExtraState, done: Progress
 ) -> None:
-    """Write one checkpoint, then remove the ones before it.
+    """Write one checkpoint, then remove the ones before it and all best weights but those that it names.
 
     Raises:
         ArtifactError: it could not be written (full disk); the one before it is kept.
@@ -72,6 +73,11 @@ def save_checkpoint(
     for old in folder.glob("step-*.safetensors"):
         if old != path:
             old.unlink()
+    best = best_path(folder, done.best_epoch)
+    if best.exists():
+        for old in folder.glob("best*.safetensors"):
+            if old != best:
+                old.unlink()
 
 
 def resume(
@@ -105,17 +111,22 @@ def resume(
     return done
 
 
-def save_best(folder: Path, model: nn.Module) -> None:
-    """Write the weights of the best epoch so far.
+def best_path(folder: Path, epoch: int) -> Path:
+    """Return where the weights of `epoch` (from 1) are kept while it is the best."""
+    return folder / f"best-{epoch}.safetensors"
+
+
+def save_best(folder: Path, model: nn.Module, *, epoch: int) -> None:
+    """Write the weights of the best epoch so far; the ones before stay until a checkpoint names these.
 
     Raises:
         ArtifactError: they could not be written.
     """
-    write_tensors(folder / BEST, dict(model.state_dict()))
+    write_tensors(best_path(folder, epoch), dict(model.state_dict()))
 
 
-def load_best(folder: Path, model: nn.Module) -> None:
-    """Load the weights of the best epoch.
+def load_best(folder: Path, model: nn.Module, *, epoch: int) -> None:
+    """Load the weights of the best epoch; a run that an older version began may have them without a number.
 
     Raises:
         TrainingError: they cannot be read.
@@ -123,7 +134,9 @@ def load_best(folder: Path, model: nn.Module) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / BEST
+    path = best_path(folder, epoch)
+    if not path.exists() and (folder / OLD_BEST).exists():
+        path = folder / OLD_BEST
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:

@@ -172,6 +172,10 @@ def test_unknown_task_lists_the_known(tmp_path: Path):
     [
         (("distill.alpha=0", "distill.beta=0"), "distill: alpha 0 and beta 0 leave nothing of the teacher"),
         (("distill.emd_temperature=5",), "distill.emd_temperature only acts with cost_attention: softmax"),
+        (
+            ("data.task=token-classification", "distill.augmentation=dropout"),
+            "distill.augmentation: labels of token-classification belong to token positions",
+        ),
         (("quantize.mode=none", "bench.graphs=[int8]"), "bench.graphs asks for int8 graphs, but quantize.mode is none"),
     ],
 )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY
 from safetensors.torch import load_file
 from test_capture import padded_batch
 from tiny_family import (
@@ -19,6 +18,7 @@ from tiny_family import (
     write_family,
     write_family_tokenizer,
 )
+from tiny_words import VOCABULARY
 
 from bertemd_deploy.config import StudentSettings
 from bertemd_deploy.errors import ModelError, RecipeError

@@ -20,7 +20,6 @@ from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import ArtifactError, TrainingError
 from bertemd_deploy.row_store import COMPLETE, DATA, HEADER, store_bytes
 from bertemd_deploy.teacher_cache import CachedTeacher, Measured, cache_key, check_room, decide, parts_of
-from bertemd_deploy.training import to_tensors
 
 GB = 10**9
 ROWS = 24
@@ -88,7 +87,8 @@ def batches(seed: int) -> list[np.ndarray]:
 
 
 def inputs_of(rows: np.ndarray, source: Encoded | None = None) -> dict[str, Tensor]:
-    return to_tensors((source or examples()).batch(rows, pad_id=0))
+    arrays = (source or examples()).batch(rows, pad_id=0)
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
 
 def epoch(source: CachedTeacher, plain: Teacher, seed: int) -> None:

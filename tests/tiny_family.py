@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import SPECIAL, VOCABULARY, write_tokenizer
+from tiny_words import SPECIAL, VOCABULARY, write_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from bertemd_deploy.checkpoints import checked_encoder
