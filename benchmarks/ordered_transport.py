@@ -32,6 +32,7 @@ from bertemd_deploy.config import options_recipe  # noqa: E402
 from bertemd_deploy.errors import BertemdError  # noqa: E402
 from bertemd_deploy.files import write_json  # noqa: E402
 from bertemd_deploy.mapping import LayerMapping  # noqa: E402
+from bertemd_deploy.stage_inputs import distill_inputs, finetune_inputs  # noqa: E402
 
 VARIANTS = ("emd", "ordered")
 
@@ -63,6 +64,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "idea": "order-preserving transport",
         "strength": options.strength,
         "epochs": options.epochs,
+        "teacher_epochs": options.teacher_epochs,
+        "train_limit": options.train_limit,
         "device": device(),
         "versions": versions(("torch", "transformers", "numpy")),
         "students": [],
@@ -75,6 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 f"teacher.epochs={options.teacher_epochs}",
                 f"data.path={folder}",
                 f"data.task={name}",
+                f"data.train_limit={options.train_limit}",
                 "student.name=4L",
                 f"distill.epochs={options.epochs}",
                 "distill.learning_rate=5e-5",
@@ -86,7 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         pipeline.stand_alone(
             "finetune",
             teacher,
-            inputs=pipeline.finetune_inputs(recipe, Path(options.model), shared),
+            inputs=finetune_inputs(recipe, Path(options.model), shared),
             force=False,
             train=lambda work, **more: pipeline.finetune_stage(recipe, data, max_length, work, **more),  # noqa: B023
         )
@@ -98,7 +102,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     result = pipeline.stand_alone(
                         "distill",
                         options.work / f"{name}-{variant}-{seed}",
-                        inputs=pipeline.distill_inputs(one, teacher, shared) | {"variant": variant},
+                        inputs=distill_inputs(one, teacher, shared) | {"variant": variant},
                         force=False,
                         train=lambda work, **more: pipeline.distill_stage(
                             one, teacher, data, max_length, work, **more  # noqa: B023
@@ -143,6 +147,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="pretrained encoder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--train-limit", type=int, default=2500, help="train rows of each task")
     parser.add_argument("--teacher-epochs", type=int, default=3)
     parser.add_argument("--strength", type=float, default=4.0)
     parser.add_argument("--work", type=Path, required=True)

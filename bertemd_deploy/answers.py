@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Answers:
         contexts: text of each example.
         accepted: accepted answers of each example; none where the context holds no answer.
         ids: name of each example.
+        no_answer: whether "no answer" is a possible one; None: where an example of these has no answer.
     """
 
     example: NDArray[np.int32]
@@ -41,11 +43,12 @@ class Answers:
     contexts: tuple[str, ...]
     accepted: tuple[tuple[str, ...], ...]
     ids: tuple[str, ...]
+    no_answer: bool | None = None
 
     @property
     def unanswerable(self) -> bool:
-        """Whether an example has no answer, so that "no answer" has to be a possible one."""
-        return not all(self.accepted)
+        """Whether "no answer" is a possible one, as an example of these or of the rest of their data has none."""
+        return not all(self.accepted) if self.no_answer is None else self.no_answer
 
     def select(self, rows: Sequence[int] | NDArray[np.integer], *, offsets: NDArray[np.int64]) -> Answers:
         """Return what belongs to the given rows, in the given order, with the examples that they are windows of.
@@ -63,6 +66,7 @@ class Answers:
             tuple(self.contexts[at] for at in kept),
             tuple(self.accepted[at] for at in kept),
             tuple(self.ids[at] for at in kept),
+            self.no_answer,
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -73,6 +77,7 @@ class Answers:
             "context": [numbers[context] for context in self.contexts],
             "accepted": self.accepted,
             "ids": self.ids,
+            "no_answer": self.no_answer,
         }
         text = np.frombuffer(json.dumps(texts, ensure_ascii=False).encode(), dtype=np.uint8)
         return {"example": self.example, "spans": self.spans, "text": text}
@@ -95,6 +100,8 @@ class Answers:
             raise ValueError("the accepted answers are not lists of text")
         if not len(numbers) == len(texts["accepted"]) == len(texts["ids"]):
             raise ValueError("contexts, answers and ids differ in number")
+        if not isinstance(texts.get("no_answer"), bool | None):
+            raise ValueError("no_answer is neither true nor false")
         example, spans = arrays["example"], arrays["spans"]
         if any(not 0 <= at < len(contexts) for at in numbers) or example.ndim != 1 or example.dtype.kind != "i":
             raise ValueError("a number is not that of a context")
@@ -108,6 +115,7 @@ class Answers:
             tuple(contexts[at] for at in numbers),
             tuple(map(tuple, texts["accepted"])),
             tuple(texts["ids"]),
+            texts.get("no_answer"),  # slices of an older version do not say
         )
 
 
@@ -139,25 +147,48 @@ def best_answers(
         logits: (sum of lengths, 2) start and end logits of every token.
         offsets: (rows + 1,) row starts.
         gold: windows, spans and contexts.
-        null: whether "no answer" may be given, where it scores higher than the best span; None: where the slice has
-            an example without an answer (as in SQuAD 2.0).
+        null: whether "no answer" may be given, where it scores higher than the best span; None: where `gold` has it
+            possible (as in SQuAD 2.0).
     """
     allowed = gold.unanswerable if null is None else null
     found: list[tuple[float, int, int]] = [(-np.inf, -1, -1)] * len(gold.contexts)
     nulls = [np.inf] * len(gold.contexts)
+    blanks: NDArray[np.int64] = np.zeros(1, dtype=np.int64)
     for row, example in enumerate(gold.example):
+        if not row or example != gold.example[row - 1]:
+            blanks = np.cumsum([0, *map(str.isspace, gold.contexts[example])])
         piece = slice(offsets[row], offsets[row + 1])
         scores, spans = logits[piece].astype(np.float64), gold.spans[piece]
         nulls[example] = min(nulls[example], float(scores[0].sum()))
-        score, first, last = best_span(scores, inside=spans[:, 0] >= 0)
+        places = np.clip(spans, 0, len(blanks) - 1)
+        said = np.diff(blanks[places])[:, 0] < np.diff(places)[:, 0]  # more than blanks
+        score, first, last = best_span(scores, inside=(spans[:, 0] >= 0) & said)
         if score > found[example][0]:
             found[example] = score, int(spans[first, 0]), int(spans[last, 1])
     answers = []
     for context, (score, start, end), null_score in zip(gold.contexts, found, nulls, strict=True):
         none = start < 0 or (allowed and null_score > score)
-        text, start, end = ("", -1, -1) if none else (context[start:end], start, end)
-        answers.append(Answer(text, start, end, score, null_score))
+        start, end = (-1, -1) if none else _trimmed(context, start, end)
+        answers.append(Answer("" if none else context[start:end], start, end, score, null_score))
     return answers
+
+
+def _trimmed(context: str, start: int, end: int) -> tuple[int, int]:
+    """Return a span without blanks at its ends, which tokens of some tokenizers have, and with all marks of its letters."""
+    while start < end and context[start].isspace():
+        start += 1
+    while start < end and context[end - 1].isspace():
+        end -= 1
+    while start > 0 and _is_mark(context[start]) and not context[start - 1].isspace():
+        start -= 1
+    while end < len(context) and _is_mark(context[end]):
+        end += 1
+    return start, end
+
+
+def _is_mark(character: str) -> bool:
+    """Say whether a character belongs to the letter before it, such as the accents of decomposed text."""
+    return unicodedata.category(character).startswith("M")
 
 
 def best_span(scores: NDArray[np.floating], *, inside: NDArray[np.bool_]) -> tuple[float, int, int]:

@@ -25,6 +25,7 @@ from bertemd_deploy.tasks import Kind
 
 SCHEMA_VERSION = 1
 DOC_STRIDE = 128  # tokens, where the manifest does not tell
+LONGEST_INPUT = 100_000  # tokens; beyond what any model here has positions for
 MANIFEST = "bertemd.json"
 EVALUATION = "eval.npz"
 GRAPHS = {
@@ -138,7 +139,8 @@ class Artifact:
         """Read the manifest of `folder`; files are checked when `file` hands them out.
 
         Raises:
-            ArtifactError: no folder, no manifest, or a manifest of another schema version or shape.
+            ArtifactError: no folder, no manifest, or a manifest of another schema version or shape, or of another model
+                than the config beside it.
         """
         if not folder.is_dir():
             raise ArtifactError(f"{folder}: there is no such folder. An artifact is what `bertemd export` wrote.")
@@ -152,7 +154,10 @@ class Artifact:
         for key, kind in (("task", dict), ("labels", list), ("max_length", int), ("files", dict)):
             if not isinstance(manifest.get(key), kind):
                 raise ArtifactError(f"{folder / MANIFEST}: {key!r} should be a {kind.__name__}. Export again.")
-        return cls(folder, manifest)
+        loaded = cls(folder, manifest)
+        if fault := _fault(manifest, kind=loaded.kind, longest=_positions(folder)):
+            raise ArtifactError(f"{folder / MANIFEST}: {fault}. Export again.")
+        return loaded
 
     @property
     def labels(self) -> list[str]:
@@ -199,6 +204,12 @@ class Artifact:
     def no_answer(self) -> bool:
         """Whether a context may hold no answer, for question answering."""
         return bool(self.manifest["task"].get("no_answer", False))
+
+    @property
+    def pairs(self) -> bool | None:
+        """Whether the model was trained on pairs of texts; None where the manifest (of an older version) does not say."""
+        found = self.manifest["task"].get("pairs")
+        return None if found is None else bool(found)
 
     def file(self, name: str) -> Path:
         """Return the path of a file the manifest names, after checking its SHA-256.
@@ -253,6 +264,36 @@ class Artifact:
         if name not in slices:
             raise ArtifactError(f"{path}: holds no slice {name!r}, only {', '.join(slices) or 'none'}. Export again.")
         return slices[name]
+
+
+def _fault(manifest: dict[str, Any], *, kind: Kind, longest: int) -> str | None:
+    """Return what is wrong with a manifest whose outermost parts are of the right types, or None."""
+    task, labels, length = manifest["task"], manifest["labels"], manifest["max_length"]
+    if not isinstance(task.get("name"), str):
+        return f"task.name should be text, found {task.get('name')!r}"
+    metrics = task.get("metrics")
+    if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
+        return f"task.metrics should be a list of at least one name, found {metrics!r}"
+    if odd := [label for label in labels if not isinstance(label, str)]:
+        return f"'labels' should all be text, found {odd[0]!r}"
+    if bool(labels) == (kind in ("regression", "question-answering")):
+        return f"{len(labels)} labels do not fit {kind}"
+    if isinstance(length, bool) or not 1 <= length <= longest:
+        return f"'max_length' should be from 1 to {longest:,}, found {length!r}"
+    stride = task.get("doc_stride", DOC_STRIDE)
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 0:
+        return f"task.doc_stride should be a whole number from 0, found {stride!r}"
+    for key in ("no_answer", "pairs"):
+        if not isinstance(task.get(key), bool | None):
+            return f"task.{key} should be true or false, found {task[key]!r}"
+    return None
+
+
+def _positions(folder: Path) -> int:
+    """Return how many tokens the model beside a manifest has positions for, as its config says, where it is there."""
+    path = folder / "config.json"
+    found = read_json(path, what="model's config").get("max_position_embeddings") if path.is_file() else None
+    return min(found, LONGEST_INPUT) if isinstance(found, int) else LONGEST_INPUT
 
 
 def write_slices(path: Path, slices: dict[str, DataSlice]) -> None:

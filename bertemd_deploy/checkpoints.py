@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,12 @@ def check_folder(folder: Path) -> dict[str, Any]:
     weights = (folder / WEIGHTS).is_file()
     if "model_type" not in config and weights and _is_bert(config, weight_names(folder)):
         config["model_type"] = "bert"
-    family_of(config, where=str(folder / "config.json"))
+    family = family_of(config, where=str(folder / "config.json"))
+    for name in (*family.fields, "vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id"):
+        value = config.get(name)
+        if value is not None and type(value) is not int:
+            raise ModelError(f"{folder / 'config.json'}: {name} should be a whole number, found {value!r:.80}.")
+    output_names(config, where=str(folder / "config.json"))
     if not weights:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         why = f"only pickle weights ({', '.join(pickles)}), which can run code when loaded" if pickles else "no weights"
@@ -81,11 +86,50 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face model folder.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
         raise ModelError(f"{path}: not readable as JSON ({error}).") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: not readable as a JSON object (it holds a {type(config).__name__}).")
     return config
+
+
+def output_names(config: Mapping[str, Any], *, where: str) -> list[str]:
+    """Return the names of a model's outputs by number; LABEL_0, LABEL_1, … where its config has none.
+
+    Raises:
+        ModelError: they are not written as id2label is.
+    """
+    stored = config.get("id2label")
+    if not stored and stored != []:
+        count = config.get("num_labels", 2)
+        return [f"LABEL_{at}" for at in range(count if type(count) is int else 2)]
+    if not isinstance(stored, dict) or not all(str(key).isdecimal() and len(str(key)) < 10 for key in stored):
+        raise ModelError(
+            f'{where}: id2label should be an object of names by number, such as {{"0": "no", "1": "yes"}}, found '
+            f"{stored!r:.80}. Correct it and label2id."
+        )
+    return [str(stored[key]) for key in sorted(stored, key=int)]
+
+
+def model_labels(folder: Path) -> tuple[str, ...]:
+    """Return the names of a folder's outputs; none where they are the placeholders LABEL_0, LABEL_1, ….
+
+    Raises:
+        ModelError: as `check_folder`.
+    """
+    names = output_names(check_folder(folder), where=str(folder))
+    return () if _placeholders(names) else tuple(names)
+
+
+def _placeholders(names: Sequence[str]) -> bool:
+    return list(names) == [f"LABEL_{at}" for at in range(len(names))]
+
+
+def damaged_weights(folder: Path, error: Exception) -> ModelError:
+    """Return the error for a weights file that cannot be read."""
+    return ModelError(
+        f"{folder / WEIGHTS}: not a readable safetensors file ({error}); truncated or damaged. Copy it again."
+    )
 
 
 def _is_bert(config: dict[str, Any], names: set[str]) -> bool:
@@ -109,9 +153,7 @@ def weight_names(folder: Path) -> set[str]:
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             return set(weights.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{folder / WEIGHTS}: not a readable safetensors file ({error}); truncated or damaged. Copy it again."
-        ) from error
+        raise damaged_weights(folder, error) from error
 
 
 def has_head(folder: Path, *, kind: Kind = "classification") -> bool:
@@ -162,6 +204,11 @@ def checked_encoder(folder: Path, *, max_length: int) -> TextEncoder:
     config = check_folder(folder)
     if max_length > (most := positions(config)):
         raise ModelError(f"{folder}: data.max_length is {max_length}, the model has {most} positions. Lower it.")
+    if config.get("vocab_size") is None:
+        raise ModelError(
+            f"{folder / 'config.json'}: has no vocab_size, the number of rows of the word embedding. Copy the config.json that "
+            "belongs to the weights."
+        )
     encoder = TextEncoder.load(folder, max_length=max_length)
     ids = set(encoder.vocabulary().values())
     highest = max(ids)
@@ -191,14 +238,13 @@ def label_order(folder: Path, labels: Sequence[str], *, kind: Kind = "classifica
         return [0, 1]
     if not labels:
         return [0]
-    stored = config.get("id2label") or {str(at): f"LABEL_{at}" for at in range(config.get("num_labels", 2))}
-    names = [str(stored[key]) for key in sorted(stored, key=int)]
+    names = output_names(config, where=str(folder))
     if len(names) != len(labels):
         raise ModelError(
             f"{folder}: the model has {len(names)} labels ({', '.join(names[:6])}), the data {len(labels)} "
             f"({', '.join(labels[:6])}). Use the data the model was trained for."
         )
-    if names == [f"LABEL_{at}" for at in range(len(names))]:
+    if _placeholders(names):
         note(f"{folder}: labels have no names; outputs are taken in the data's order ({', '.join(labels[:6])})")
         return list(range(len(labels)))
     folded = {name.casefold(): at for at, name in enumerate(names)}

@@ -128,6 +128,7 @@ def finetune(
     """Fine-tune a pretrained encoder into a task teacher."""
     from bertemd_deploy import pipeline
     from bertemd_deploy.checkpoints import find_model
+    from bertemd_deploy.stage_inputs import finetune_inputs
 
     given: dict[str, dict[str, Any]] = {
         "teacher": {"model": model, "epochs": epochs, "seed": seed, "finetune": "always"},
@@ -138,7 +139,7 @@ def finetune(
     launch_processes()
     loaded, max_length = pipeline.load_recipe_data(recipe.data)
     folder = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
-    inputs = pipeline.finetune_inputs(recipe, folder, {"data": loaded.sha256, "max_length": max_length})
+    inputs = finetune_inputs(recipe, folder, {"data": loaded.sha256, "max_length": max_length})
     record = pipeline.stand_alone(
         "finetune",
         out,
@@ -179,6 +180,7 @@ def distill(
     """Distil a fine-tuned teacher into a student, or with --compare into one per layer mapping."""
     from bertemd_deploy import pipeline
     from bertemd_deploy.checkpoints import find_model
+    from bertemd_deploy.stage_inputs import distill_inputs
 
     given: dict[str, dict[str, Any]] = {
         "teacher": {"model": teacher},
@@ -209,7 +211,7 @@ def distill(
         return
     loaded, max_length = pipeline.load_recipe_data(resolved.data)
     folder = find_model(resolved.teacher.model, sha256=resolved.teacher.sha256)
-    inputs = pipeline.distill_inputs(resolved, folder, {"data": loaded.sha256, "max_length": max_length})
+    inputs = distill_inputs(resolved, folder, {"data": loaded.sha256, "max_length": max_length})
     record = pipeline.stand_alone(
         "distill",
         out,
@@ -247,12 +249,10 @@ def evaluate(
 
         record = evaluate_artifact(model, settings=settings, graph=graph)
     else:
-        from bertemd_deploy import pipeline
         from bertemd_deploy.checkpoints import find_model
-        from bertemd_deploy.evaluate import evaluate_folder
+        from bertemd_deploy.evaluate import evaluate_model
 
-        loaded, max_length = pipeline.load_recipe_data(settings)
-        record = evaluate_folder(find_model(str(model)), data=loaded, max_length=max_length)
+        record = evaluate_model(find_model(str(model)), settings=settings)
     summary = f"dev {metrics_text(record['metrics'])} ({record['rows']:,} rows, {record['backend']})"
     show(record, as_json=json_, summary=[summary])
 

@@ -55,7 +55,10 @@ def stage(command: Callable[P, None]) -> Callable[P, None]:
             _fail(missing_extra("train", package=package))
         except KeyboardInterrupt:
             if not _follows():  # all stop together
-                typer.echo("interrupted; what is finished is kept, the same command (without --force or --from) continues", err=True)
+                typer.echo(
+                    "interrupted; what is finished is kept, the same command (without --force or --from) continues",
+                    err=True,
+                )
             raise typer.Exit(_INTERRUPTED) from None
 
     return wrapped

@@ -34,6 +34,7 @@ from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier
 from bertemd_deploy.resampling import RESAMPLES, bootstrap, metric_of_units
+from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs
 from bertemd_deploy.students import student_shape
 
 COMPARISON = "comparison.json"
@@ -145,7 +146,7 @@ def compare_mappings(
     for name in mappings:  # refuse what cannot work before the first student, not after the last but one
         LayerMapping(cast("MappingName", name), sizes(check_folder(teacher)).layers, layers)
     shared = {"data": data.sha256, "max_length": max_length}
-    given = pipeline.distill_inputs(recipe, teacher, shared)
+    given = distill_inputs(recipe, teacher, shared)
     given["distill"] = {key: value for key, value in given["distill"].items() if key not in ("mapping", "seed")}
     _claim(out, given=given, force=force)
     records: dict[tuple[str, int], dict[str, Any]] = {}
@@ -156,7 +157,7 @@ def compare_mappings(
             records[name, seed] = pipeline.stand_alone(
                 "distill",
                 out / f"{name}-seed{seed}",
-                inputs=pipeline.distill_inputs(variant, teacher, shared),
+                inputs=distill_inputs(variant, teacher, shared),
                 force=force,
                 train=lambda work, variant=variant, **extra: pipeline.distill_stage(
                     variant, teacher, data, max_length, work, max_minutes=_minutes_until(deadline), **extra
@@ -186,7 +187,7 @@ def _claim(out: Path, *, given: dict[str, Any], force: bool) -> None:
         before = read_json(out / COMPARISON, what="comparison").get("given")
         if before != given:
             raise ArtifactError(
-                f"{out}: holds students of other settings ({pipeline.changed_inputs(before, given)}). "
+                f"{out}: holds students of other settings ({changed_inputs(before, given)}). "
                 "Choose another --out, or add --force to start over."
             )
     else:

@@ -20,11 +20,12 @@ import yaml
 
 from bertemd_deploy.artifact import GRAPHS
 from bertemd_deploy.errors import RecipeError
-from bertemd_deploy.tasks import TASKS
+from bertemd_deploy.tasks import TASKS, column_fault, task_name
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Mapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
 Augmentation = Literal["none", "dropout", "mlm"]
+STUDENT_NAMES = ("4L-312", "6L-768", "4L", "6L")
 MAPPINGS: tuple[str, ...] = typing.get_args(Mapping)
 
 
@@ -417,14 +418,19 @@ def _combination_faults(recipe: Recipe) -> list[str]:
         faults.append("data.path is missing: demo, glue/<task>, or a folder with train.* and dev.*")
     if recipe.data.task is not None and recipe.data.task not in TASKS:
         faults.append(f"data.task: unknown task {recipe.data.task!r}; known: {', '.join(TASKS)}")
-    if recipe.data.sentence2 is not None and recipe.data.sentence1 is None:
-        faults.append("data.sentence2 is given without data.sentence1; name both columns")
+    task = TASKS.get(task_name(recipe.data.path, recipe.data.task), TASKS["classification"])
+    if fault := column_fault(task, sentence1=recipe.data.sentence1, sentence2=recipe.data.sentence2):
+        faults.append(fault)
     student = recipe.student
     sizes = (student.layers, student.hidden, student.heads, student.intermediate)
     if student.name is not None and any(size is not None for size in sizes):
         faults.append("student: give a name or the sizes layers, hidden, heads, intermediate, not both")
     if student.name is None and any(size is None for size in sizes):
-        faults.append("student: give a name (4L-312, 6L-768, 4L, 6L) or all of layers, hidden, heads, intermediate")
+        faults.append(
+            f"student: give a name ({', '.join(STUDENT_NAMES)}) or all of layers, hidden, heads, intermediate"
+        )
+    if student.name is not None and student.name not in STUDENT_NAMES:
+        faults.append(f"student.name: unknown {student.name!r}; known: {', '.join(STUDENT_NAMES)}, or give the sizes")
     if student.hidden is not None and student.heads is not None and student.hidden % student.heads:
         faults.append(f"student: hidden {student.hidden} is not a multiple of heads {student.heads}")
     distill = recipe.distill

@@ -12,7 +12,7 @@ Every fault names the file and the line. Labels become numbers in the order of t
 
 Other names: `data.sentence1` is the first text, the tokens or the question, `data.sentence2` the second text or the context,
 `data.label` the last column. Tags and lists of labels may be numbers where `labels.txt` (one name a line) or a parquet file
-of the `datasets` library names them.
+of the `datasets` library names them; such a file's classes get their names from it as well.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from bertemd_deploy.console import note
 from bertemd_deploy.demo import demo_rows
 from bertemd_deploy.errors import DataError, RecipeError, missing_extra
 from bertemd_deploy.records import read_names, read_records
-from bertemd_deploy.rows import Rows, make_split, names_of
-from bertemd_deploy.splits import AnySplit
-from bertemd_deploy.tasks import GLUE, TASKS, Task
+from bertemd_deploy.rows import Rows, as_written, make_split, names_of
+from bertemd_deploy.splits import AnySplit, Split, with_no_answer
+from bertemd_deploy.tasks import GLUE, TASKS, Task, column_fault, task_name
 
 SPLITS = ("train", "dev")
 DOC_STRIDE = 128
@@ -77,13 +77,20 @@ def load_data(
         train_limit: keep this many train rows, drawn with a fixed seed.
         doc_stride: tokens that neighbouring windows of a long context share; question answering only.
         splits: which of "train" and "dev" to read.
-        label_names: names in order, where a model fixes them; None takes the task's or the data's.
+        label_names: names in order, where a model fixes them (in any case); None takes the task's or the data's.
 
     Raises:
         DataError: a file, column, row or label is missing or malformed; the message names file and line.
-        RecipeError: unknown task.
+        RecipeError: unknown task, columns that it has no use for or that it lacks, or the demo for another kind of task.
     """
     kind = find_task(path, task)
+    if fault := column_fault(kind, sentence1=sentence1, sentence2=sentence2):
+        raise RecipeError(f"{fault}.")
+    if path == "demo" and (kind.kind != "classification" or kind.columns[0][1] is not None):
+        raise RecipeError(
+            f"demo: it is a classification of single texts, no data for the task {kind.name}. Set data.path to a folder, or "
+            "leave out the task."
+        )
     columns = kind.columns
     if sentence1:
         columns = ((sentence1, sentence2 or (kind.columns[0][1] if kind.kind == "question-answering" else None)),)
@@ -95,12 +102,19 @@ def load_data(
     else:
         rows = {split: _read_split(Path(path), split, kind, columns, label) for split in splits}
     named = kind.kind not in ("regression", "question-answering")
-    names = (tuple(label_names or kind.labels) or names_of(kind, rows[splits[0]])) if named else ()
+    names: tuple[str, ...] = ()
+    if named and label_names:
+        names = as_written(kind, rows[splits[0]], label_names)
+    elif named:
+        names = kind.labels or names_of(kind, rows[splits[0]])
     digest = hashlib.sha256(json.dumps([kind.name, names, train_limit]).encode())
     loaded: dict[str, AnySplit] = {}
+    known_from = None if label_names else splits[0]
     for split in splits:
-        loaded[split] = make_split(kind, rows[split], names, known_from=splits[0], doc_stride=doc_stride)
+        loaded[split] = make_split(kind, rows[split], names, known_from=known_from, doc_stride=doc_stride)
         digest.update(json.dumps([split, *loaded[split].content()]).encode())
+    if kind.kind == "regression" and "train" in loaded:
+        _check_spread(loaded["train"], path=path)
     if train_limit is not None and "train" in loaded and train_limit < len(loaded["train"]):
         note(f"data: using {train_limit:,} of {len(loaded['train']):,} train rows (data.train_limit)")
         loaded["train"] = _subset(loaded["train"], train_limit)
@@ -108,7 +122,7 @@ def load_data(
         raise DataError(f"{path}: every train row has the label {names[0]!r}; a classifier needs at least two classes.")
     if kind.kind == "multilabel" and not names:
         raise DataError(f"{path}: no train row has a label; there is nothing to learn. Fill the column {label!r}.")
-    return Dataset(kind, names, loaded, digest.hexdigest())
+    return Dataset(kind, names, with_no_answer(loaded), digest.hexdigest())
 
 
 def find_task(path: str, task: str | None) -> Task:
@@ -117,8 +131,7 @@ def find_task(path: str, task: str | None) -> Task:
     Raises:
         RecipeError: unknown task.
     """
-    name = task or (path if path == "demo" else path.removeprefix("glue/") if path.startswith("glue/") else "")
-    name = name or "classification"
+    name = task_name(path, task)
     if name not in TASKS:
         raise RecipeError(f"unknown task {name!r}; known: {', '.join(TASKS)}.")
     return TASKS[name]
@@ -145,6 +158,13 @@ def training_batches(
 def calibration_rows(split: AnySplit, *, rows: int) -> AnySplit:
     """Return up to `rows` train rows for calibration, drawn with a fixed seed."""
     return split if rows >= len(split) else _subset(split, rows)
+
+
+def _check_spread(train: AnySplit, *, path: str) -> None:
+    if isinstance(train, Split) and np.ptp(train.labels) == 0:
+        raise DataError(
+            f"{path}: every train row has the label {train.labels[0]:g}; a regression needs at least two numbers."
+        )
 
 
 def _subset(split: AnySplit, rows: int) -> AnySplit:
@@ -191,14 +211,18 @@ def _read_split(folder: Path, split: str, task: Task, columns: tuple[tuple[str, 
             blank = column == label and task.kind != "multilabel" and not str(value).strip()
             if value is None or value != value or blank:
                 raise DataError(f"{where}: nothing in column {column!r}.")
-    listed = task.kind in ("multilabel", "token-classification")
+    names: tuple[str, ...] = ()
+    if task.kind in ("multilabel", "token-classification"):
+        names = read_names(folder) or records.names.get(label, ())
+    elif task.kind == "classification":
+        names = records.names.get(label, ())
     return Rows(
         [where for where, _ in records.rows],
         [record[first] for _, record in records.rows],
         [record[second] for _, record in records.rows] if second else None,
         [record[label] for _, record in records.rows],
         [str(record.get("id") or where) for where, record in records.rows],
-        (read_names(folder) or records.names.get(label, ())) if listed else (),
+        names,
     )
 
 

@@ -204,7 +204,8 @@ def _teacher_cache(
     if not settings.teacher_cache_bytes:
         return None
     steps = math.ceil(len(train) / settings.batch_size)
-    split = settings.micro_batch_size is not None and settings.micro_batch_size < settings.batch_size
+    share = math.ceil(settings.batch_size / objective.processes.size)
+    split = settings.micro_batch_size is not None and settings.micro_batch_size < share
     calls = 2 if split and objective.mapping.solves else 1
     cached = CachedTeacher(
         objective.teacher_tensors,

@@ -125,7 +125,10 @@ class TextEncoder:
 
         Raises:
             ValueError: `pairs` has another length than `texts`.
+            DataError: a text is not valid Unicode.
         """
+        check_unicode(texts)
+        check_unicode(pairs or ())
         rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         encodings = self._tokenizer.encode_batch_fast(rows)
         return _join((encoding.ids, encoding.type_ids) for encoding in encodings)
@@ -137,7 +140,11 @@ class TextEncoder:
             The rows, and for every token (sum of lengths,) int32 the number of the word that it is the first piece of, or
             -1 for further pieces and special tokens. A word that the tokenizer drops (such as a control character) or
             that was cut off has no token.
+
+        Raises:
+            DataError: a word is not valid Unicode.
         """
+        check_unicode("".join(sentence) for sentence in sentences)
         rows, words = [], []
         for chunk in _chunks(sentences):
             for encoding in self._of_words.encode_batch([list(sentence) for sentence in chunk], is_pretokenized=True):
@@ -148,7 +155,13 @@ class TextEncoder:
         return _join(rows), np.concatenate([np.zeros(0, dtype=np.int32), *words])
 
     def encode_windows(
-        self, questions: Sequence[str], contexts: Sequence[str], *, overlap: int, names: Sequence[str] = ()
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        *,
+        overlap: int,
+        names: Sequence[str] = (),
+        remedy: str = "Shorten it, or raise data.max_length.",
     ) -> tuple[Encoded, NDArray[np.int32], NDArray[np.int32]]:
         """Tokenise question and context pairs, a context that is too long in overlapping windows behind its question.
 
@@ -156,16 +169,19 @@ class TextEncoder:
             questions: first texts, never cut.
             contexts: second texts.
             overlap: tokens that neighbouring windows share; at most half of the room that the question leaves.
-            names: what the examples are called in an error; None takes their numbers.
+            names: what the examples are called in an error; none takes their numbers, from 1.
+            remedy: what to do about a question that is too long.
 
         Returns:
             The rows; (rows,) int32 the example each is of; (sum of lengths, 2) int32 the first and behind-last character
             of every token in its context, -1 outside of it.
 
         Raises:
-            DataError: a question leaves no room for its context.
+            DataError: a question leaves no room for its context, or a text is not valid Unicode.
             ValueError: `questions` has another length than `contexts`.
         """
+        check_unicode(questions)
+        check_unicode(contexts)
         rows: list[tuple[Sequence[int], Sequence[int]]] = []
         example: list[int] = []
         spans: list[NDArray[np.int32]] = []
@@ -180,8 +196,8 @@ class TextEncoder:
                 room = self.max_length - (len(places) - (behind - first))
                 if room < 1:
                     raise DataError(
-                        f"question {names[number] if names else number}: it fills {self.max_length - room} of "
-                        f"{self.max_length} tokens and leaves no room for its context. Shorten it, or raise data.max_length."
+                        f"question {names[number] if names else number + 1}: it fills {self.max_length - room} of "
+                        f"{self.max_length} tokens and leaves no room for its context. {remedy}"
                     )
                 for start in _window_starts(behind - first, room=room, overlap=overlap):
                     kept = np.r_[:first, first + start : min(first + start + room, behind), behind : len(places)]
@@ -208,6 +224,26 @@ class TextEncoder:
     def vocabulary(self) -> dict[str, int]:
         """Return every token with its id."""
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+
+def check_unicode(texts: Iterable[str], *, first: int = 1) -> None:
+    """Refuse texts that no tokenizer can read: with half of a surrogate pair, as bytes that are not UTF-8 become.
+
+    Args:
+        texts: what to check.
+        first: number of the first, for the message.
+
+    Raises:
+        DataError: such a text, by its number.
+    """
+    for number, text in enumerate(texts, first):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"text {number} is not valid Unicode (lone surrogate U+{ord(text[error.start]):04X} at character "
+                f"{error.start + 1}). Read or convert it as UTF-8."
+            ) from error
 
 
 def _window_starts(tokens: int, *, room: int, overlap: int) -> range:

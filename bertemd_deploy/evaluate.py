@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import nn
 
 from bertemd_deploy.answers import answer_scores
 from bertemd_deploy.artifact import NOT_SCORED, DataSlice
-from bertemd_deploy.checkpoints import checked_encoder, label_order
+from bertemd_deploy.checkpoints import checked_encoder, label_order, missing_head, model_labels, no_head
+from bertemd_deploy.config import DataSettings
 from bertemd_deploy.console import note, progress
-from bertemd_deploy.data import Dataset
+from bertemd_deploy.data import SPLITS, Dataset, find_task, load_data
 from bertemd_deploy.devices import is_out_of_memory
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import ModelError, TrainingError
@@ -28,7 +29,8 @@ from bertemd_deploy.processes import Processes
 from bertemd_deploy.runtime import collect_logits
 from bertemd_deploy.tasks import Task
 
-_PERMUTED_CLASSES = 5
+_LEAST_GAIN = 10
+_SHOWN = 8
 
 
 def torch_logits(
@@ -115,6 +117,7 @@ def dev_metrics(
     pad_id: int,
     names: Sequence[str] = (),
     processes: Processes | None = None,
+    where: str = "the model",
 ) -> dict[str, float]:
     """Return the task's metrics of a torch model on a tokenised dev split.
 
@@ -125,12 +128,13 @@ def dev_metrics(
         pad_id: token id of padding.
         names: label names by number; needed for entities.
         processes: that share the work; each gets the metrics.
+        where: the model's name for messages.
 
     Raises:
         ModelError: an output is not finite.
     """
     logits = torch_logits(model, dev.examples, pad_id=pad_id, processes=processes)
-    return _metrics(task, logits, dev, names=names, where="the model")
+    return _metrics(task, logits, dev, names=names, where=where)
 
 
 def evaluate_folder(folder: Path, *, data: Dataset, max_length: int) -> dict[str, Any]:
@@ -145,11 +149,42 @@ def evaluate_folder(folder: Path, *, data: Dataset, max_length: int) -> dict[str
     reorder_outputs(model, order)
     dev = data.splits["dev"].encode(encoder)
     return {
-        "metrics": dev_metrics(model, dev, task=data.task, pad_id=encoder.pad_id, names=data.labels),
+        "metrics": dev_metrics(model, dev, task=data.task, pad_id=encoder.pad_id, names=data.labels, where=str(folder)),
         "rows": len(data.splits["dev"]),
         "backend": "pytorch",
         "task": data.task.name,
     }
+
+
+def evaluate_model(folder: Path, *, settings: DataSettings) -> dict[str, Any]:
+    """Return the dev metrics of a Hugging Face task model, as `evaluate_folder`, of data that may have a dev split only.
+
+    Label names are the model's. One without names takes the data's order, for which the train split is read; so it is for
+    questions, where there is one, as it may say that some have no answer.
+
+    Raises:
+        ModelError: the folder does not fit.
+        DataError: the data cannot be read, or has labels that the model has not.
+    """
+    task = find_task(settings.path, settings.task)
+    if absent := missing_head(folder, task.kind):
+        raise no_head(folder, absent, task.kind)
+    named = task.kind not in ("regression", "question-answering")
+    names = model_labels(folder) if named and not task.labels else ()
+    alone = not named or bool(names or task.labels)
+    if task.kind == "question-answering" and any(Path(settings.path).glob("train.*")):
+        alone = False
+    data = load_data(
+        settings.path,
+        task=settings.task,
+        sentence1=settings.sentence1,
+        sentence2=settings.sentence2,
+        label=settings.label,
+        doc_stride=settings.doc_stride,
+        splits=("dev",) if alone else SPLITS,
+        label_names=names or None,
+    )
+    return evaluate_folder(folder, data=data, max_length=settings.max_length or data.task.max_length)
 
 
 def check_teacher(
@@ -157,10 +192,11 @@ def check_teacher(
 ) -> dict[str, float]:
     """Return a teacher's dev metrics, refusing a teacher that has nothing to teach.
 
-    What it has to exceed, by kind: of classes and of tags that are no entities, the accuracy of always naming the most
-    frequent one; of numbers, a correlation of 0; of several labels at once, the best micro F1 of one answer to all rows; of
-    entities, an F1 of 0; of answers, the F1 of always saying "no answer" and of always giving the whole context. For up to
-    5 classes the order of its outputs that would fit is named.
+    What it has to exceed, by kind: of classes and of tags, the accuracy of always naming the most frequent one, and of tags
+    of entities an F1 of 0 as well; of numbers, a correlation of 0; of several labels at once, the best micro F1 of one
+    answer to all rows; of answers, the F1 of always saying "no answer" and of always giving the whole context. Where another
+    order of its outputs would fit, that is named; a teacher that such an order frees of more than half of its errors is
+    refused above the floor too.
 
     Args:
         logits: outputs over the slice (see `metrics.evaluate_metrics`), in the data's label order.
@@ -173,76 +209,139 @@ def check_teacher(
         ModelError: the teacher is refused, or an output is not finite.
     """
     metrics = _metrics(task, logits, part, names=names, where=where)
-    if task.kind == "classification":
-        _check_classes(logits, part.labels, names=names, where=where)
-        return metrics
-    metric = "f1_squad" if task.kind == "question-answering" else task.metrics[0]
-    floor, of = _floor(part, metric=metric)
-    if metrics[metric] > floor:
-        return metrics
-    if task.kind == "regression":
-        raise ModelError(
-            f"{where}: its {metric} on dev is {metrics[metric]:.3f}; a teacher needs more than 0. "
-            "Fine-tune it on this task first."
+    better = _better_order(logits, part, names=names)
+    for metric, found, floor, of in _floors(logits, part, metrics=metrics, task=task):
+        if found > floor:
+            continue
+        if task.kind == "regression":
+            raise ModelError(
+                f"{where}: its {metric} on dev is {found:.3f}; a teacher needs more than 0. Fine-tune it on this task first."
+            )
+        message = (
+            f"{where}: its dev {metric} is {found:.3f}, no better than {of} ({floor:.3f}). There is nothing to distil."
         )
-    raise ModelError(
-        f"{where}: its dev {metric} is {metrics[metric]:.3f}, no better than {of} ({floor:.3f}). There is nothing to "
-        "distil. Fine-tune it on this task first (teacher.finetune: always); if it was, check that data.path and the order "
-        "of its labels are those that it was trained with."
-    )
+        if better is not None and better.reached > max(better.floor, better.found):
+            raise ModelError(f"{message} With its outputs {better.told()}.")
+        tail = (
+            ""
+            if task.kind == "classification"
+            else "; if it was, check that data.path and the order of its labels are those that it was trained with"
+        )
+        raise ModelError(f"{message} Fine-tune it on this task first (teacher.finetune: always){tail}.")
+    if better is not None and better.striking:
+        raise ModelError(f"{where}: its dev {better.metric} is {better.found:.3f}. With its outputs {better.told()}.")
+    return metrics
 
 
-def _floor(part: DataSlice, *, metric: str) -> tuple[float, str]:
-    """Return what the best answer that looks at no input scores in `metric`, and what that answer is called."""
+def _floors(
+    logits: NDArray[np.float32], part: DataSlice, *, metrics: dict[str, float], task: Task
+) -> list[tuple[str, float, float, str]]:
+    """Return what a teacher must exceed: a metric, its value, that of an answer which looks at no input, and its name."""
+    metric = "f1_squad" if part.kind == "question-answering" else task.metrics[0]
+    if part.kind == "classification":
+        return [("accuracy", *_accuracy(logits, part), "always answering the most frequent label")]
+    if part.kind == "token-classification":
+        entities = [(metric, metrics[metric], 0.0, "finding nothing")] if metric == "entity_f1" else []
+        return [*entities, ("accuracy", *_accuracy(logits, part), "always naming the most frequent tag")]
     if part.kind == "multilabel":
-        counts = np.sort(part.labels.sum(axis=0))[::-1]
-        chosen = np.arange(1, len(counts) + 1)
-        scores = 2 * counts.cumsum() / (chosen * len(part.labels) + counts.sum())
-        return float(scores.max()), "the best one answer to all rows"
+        return [(metric, metrics[metric], _best_one_answer(part.labels), "the best one answer to all rows")]
     if part.gold is not None:
         accepted = part.gold.accepted
         nothing = answer_scores([""] * len(accepted), accepted=accepted)[metric]
         everything = answer_scores(part.gold.contexts, accepted=accepted)[metric]
-        return max((nothing, "always saying that there is no answer"), (everything, "always giving the whole context"))
-    if part.kind == "token-classification" and metric == "accuracy":
-        scored = part.labels[part.labels != NOT_SCORED]
-        return float(np.bincount(scored).max() / len(scored)), "always naming the most frequent tag"
-    return 0.0, "finding nothing"
-
-
-def _check_classes(logits: NDArray[np.float32], labels: NDArray[Any], *, names: tuple[str, ...], where: str) -> None:
-    decided = logits.argmax(-1)
-    accuracy = float((decided == labels).mean())
-    majority = float(np.bincount(labels, minlength=len(names)).max() / len(labels))
-    if accuracy > majority:
-        return
-    message = (
-        f"{where}: its dev accuracy is {accuracy:.3f}, no better than always answering the most frequent label "
-        f"({majority:.3f}). There is nothing to distil."
-    )
-    better = _best_permutation(decided, labels, names) if len(names) <= _PERMUTED_CLASSES else None
-    if better and better[0] > majority:
-        told = ", ".join(f"{output} -> {name}" for output, name in zip(names, better[1], strict=True))
-        message += (
-            f" With its outputs read as {told} it reaches {better[0]:.3f}: its id2label is in another order than its weights. "
-            "Correct id2label and label2id in its config.json."
+        floor, of = max(
+            (nothing, "always saying that there is no answer"), (everything, "always giving the whole context")
         )
+        return [(metric, metrics[metric], floor, of)]
+    return [(metric, metrics[metric], 0.0, "a constant")]
+
+
+def _decided(logits: NDArray[np.float32], part: DataSlice) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Return what the model says and the labels, of the rows or tokens that count."""
+    decided, labels = logits.argmax(-1), part.labels
+    scored = labels != NOT_SCORED
+    return decided[scored], labels[scored]
+
+
+def _accuracy(logits: NDArray[np.float32], part: DataSlice) -> tuple[float, float]:
+    """Return the accuracy over rows or tokens, and that of always naming the most frequent label."""
+    decided, labels = _decided(logits, part)
+    count = max(len(labels), 1)
+    return float((decided == labels).sum() / count), float(np.bincount(labels, minlength=1).max() / count)
+
+
+def _best_one_answer(labels: NDArray[Any]) -> float:
+    """Return the best micro F1 of one set of labels for all rows, (n, labels) of 0 and 1."""
+    counts = np.sort(labels.sum(axis=0))[::-1]
+    chosen = np.arange(1, len(counts) + 1)
+    return float((2 * counts.cumsum() / (chosen * len(labels) + counts.sum())).max())
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The reading of a model's outputs that fits the labels best.
+
+    Attributes:
+        metric: accuracy, or micro F1 of several labels at once.
+        found: its value as the outputs are named.
+        reached: its value with the outputs read in the best order.
+        floor: of an answer that looks at no input.
+        gained: hits that the other order adds.
+        moves: name of an output, and the name that it should carry, where they differ.
+    """
+
+    metric: str
+    found: float
+    reached: float
+    floor: float
+    gained: int
+    moves: tuple[tuple[str, str], ...]
+
+    @property
+    def striking(self) -> bool:
+        """Whether the other order mends more than half of the errors, and more of them than chance does."""
+        return (
+            self.gained >= _LEAST_GAIN
+            and self.reached > self.floor
+            and (self.reached - self.found > (1 - self.found) / 2)
+        )
+
+    def told(self) -> str:
+        """Return the order in words."""
+        named = ", ".join(f"{output} -> {name}" for output, name in self.moves[:_SHOWN])
+        return (
+            f"read as {named}{', …' if len(self.moves) > _SHOWN else ''} it reaches {self.reached:.3f}: its id2label is in "
+            "another order than its weights. Correct id2label and label2id in its config.json"
+        )
+
+
+def _better_order(logits: NDArray[np.float32], part: DataSlice, *, names: tuple[str, ...]) -> _Order | None:
+    """Return the order of the outputs that would fit the labels best, or None where none is better than theirs.
+
+    An assignment problem: with C_ij the number of times that output i is chosen where label j is right, the best order
+    maximises sum_i C_i,order(i), and with it the accuracy, or the micro F1 2 TP / (P + A), of which no order changes P + A.
+    """
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
+    if part.kind == "multilabel":
+        chosen, right = logits > 0, part.labels > 0
+        confusion = chosen.T.astype(np.int64) @ right.astype(np.int64)
+        total, metric, floor = float(chosen.sum() + right.sum()) / 2, "f1_micro", _best_one_answer(part.labels)
+    elif part.kind in ("classification", "token-classification"):
+        decided, labels = _decided(logits, part)
+        confusion = np.zeros((len(names), len(names)), dtype=np.int64)
+        np.add.at(confusion, (decided, labels), 1)
+        total, metric, floor = float(len(labels)), "accuracy", _accuracy(logits, part)[1]
     else:
-        message += " Fine-tune it on this task first (teacher.finetune: always)."
-    raise ModelError(message)
-
-
-def _best_permutation(
-    decided: NDArray[np.int64], labels: NDArray[Any], names: tuple[str, ...]
-) -> tuple[float, tuple[str, ...]]:
-    """Return the best accuracy over all readings of the outputs, and the name each output would then carry."""
-    confusion = np.zeros((len(names), len(names)), dtype=np.int64)
-    np.add.at(confusion, (decided, labels), 1)
-    hits, best = max(
-        (sum(int(confusion[at, to]) for at, to in enumerate(order)), order)
-        for order in itertools.permutations(range(len(names)))
-    )
-    return hits / len(labels), tuple(names[at] for at in best)
+        return None
+    size = len(names)
+    weights = confusion * (size + 1) + np.eye(size, dtype=np.int64)  # of equal orders the one nearest to theirs
+    _, order = linear_sum_assignment(weights, maximize=True)
+    hits, best = int(np.trace(confusion)), int(confusion[np.arange(size), order].sum())
+    if best <= hits:
+        return None
+    moves = tuple((names[at], names[to]) for at, to in enumerate(order) if to != at and confusion[at, to])
+    return _Order(metric, hits / total, best / total, floor, best - hits, moves)
 
 
 def _metrics(

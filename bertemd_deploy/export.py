@@ -158,7 +158,7 @@ def export(
             _write_int8(build, reference, metrics=metrics, slices=slices, pad_id=pad_id, limits=quantization)
         manifest = {
             "schema_version": SCHEMA_VERSION,
-            "task": dict(task) | ({} if evaluation.gold is None else {"no_answer": evaluation.gold.unanswerable}),
+            "task": dict(task) | _no_answer(slices),
             "labels": list(labels),
             "max_length": max_length,
             "student": {
@@ -185,6 +185,12 @@ def export(
     if foreign:
         _move_into(out / ".bertemd-new", out)
     return Artifact.load(out)
+
+
+def _no_answer(slices: Sequence[DataSlice]) -> dict[str, bool]:
+    """Return the manifest's word on whether a context may hold no answer, of questions: in training or in evaluation."""
+    found = [part.gold.unanswerable for part in slices if part.gold is not None]
+    return {"no_answer": any(found)} if found else {}
 
 
 def _check_request(

@@ -13,7 +13,7 @@ from bertemd_deploy.checkpoints import checked_encoder, label_order
 from bertemd_deploy.data import Dataset, calibration_rows
 from bertemd_deploy.errors import ModelError
 from bertemd_deploy.files import read_json
-from bertemd_deploy.splits import QuestionSplit
+from bertemd_deploy.splits import QuestionSplit, Split
 
 FACTS = "bertemd_student.json"
 SLICES = "eval.npz"
@@ -60,10 +60,15 @@ def read_student(folder: Path) -> StudentFacts:
 
 
 def task_facts(data: Dataset) -> dict[str, Any]:
-    """Return what a student carries of its task: name, kind, metrics; and how long contexts are cut, where they are."""
+    """Return what a student carries of its task: name, kind, metrics.
+
+    And, where these are questions: how long contexts are cut; where they may be either: whether texts come in pairs.
+    """
     found: dict[str, Any] = {"name": data.task.name, "kind": data.task.kind, "metrics": list(data.task.metrics)}
     dev = data.splits["dev"]
-    return found | ({"doc_stride": dev.doc_stride} if isinstance(dev, QuestionSplit) else {})
+    if isinstance(dev, QuestionSplit):
+        return found | {"doc_stride": dev.doc_stride}
+    return found | ({"pairs": dev.pairs is not None} if isinstance(dev, Split) else {})
 
 
 def facts_from_data(folder: Path, data: Dataset, *, max_length: int) -> StudentFacts:

@@ -134,6 +134,11 @@ _EXAMPLES = {  # of kinds with a pipeline tag of their own
     "token-classification": '"a text with names"',
     "question-answering": "--pair $'a question\\tthe text that answers it'",
 }
+_PAIR_EXAMPLE = "--pair $'a first text\\ta second text'"
+_SPLITTING = """
+A text is split into words at blanks, with punctuation at either end of a word and each Chinese character as words of their
+own; a word's first piece decides its tag. Where your data splits in another way, give `Classifier.predict` lists of words.
+"""
 
 
 def model_card(manifest: Mapping[str, Any], *, graphs: Mapping[str, Path]) -> str:
@@ -146,6 +151,7 @@ def model_card(manifest: Mapping[str, Any], *, graphs: Mapping[str, Path]) -> st
     task, student = manifest["task"], manifest["student"]
     metrics = list(task["metrics"])
     kind = str(task["kind"])
+    example = _PAIR_EXAMPLE if task.get("pairs") else _EXAMPLES.get(kind, '"a text to classify"')
     unnamed = "where the answer starts and ends" if kind == "question-answering" else "one number (regression)"
     labels = ", ".join(f"`{label}`" for label in manifest["labels"]) or unnamed
     teacher = manifest["teacher"]
@@ -185,9 +191,9 @@ Metrics are those of the evaluation slice that the artifact carries (`eval.npz`)
 `model.onnx` and `model_quantized.onnx` use standard ONNX operators only; the `fused` graphs need ONNX Runtime.
 
 ```
-bertemd predict . {_EXAMPLES.get(kind, '"a text to classify"')}
+bertemd predict . {example}
 ```
-"""
+{_SPLITTING if kind == "token-classification" else ""}"""
 
 
 def _number(value: float | None, form: str) -> str:

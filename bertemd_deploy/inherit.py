@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bertemd_deploy.checkpoints import WEIGHTS, check_folder
+from bertemd_deploy.checkpoints import WEIGHTS, check_folder, damaged_weights
 from bertemd_deploy.console import note
 from bertemd_deploy.errors import ModelError
 from bertemd_deploy.families import (
@@ -40,13 +40,22 @@ _SHOWN = 3
 
 
 def stored_weights(folder: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's weights by a task model's names: the encoder's with its prefix, LayerNorms in today's names."""
+    """Return a checkpoint's weights by a task model's names: the encoder's with its prefix, LayerNorms in today's names.
+
+    Raises:
+        ModelError: the weights file is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     prefix = f"{family_of(check_folder(folder)).prefix}."
+    try:
+        loaded = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise damaged_weights(folder, error) from error
     stored = {
         name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): value
-        for name, value in load_file(folder / WEIGHTS).items()
+        for name, value in loaded.items()
     }
     bare = not any(name.startswith(prefix) for name in stored)
     return {f"{prefix}{name}": value for name, value in stored.items()} if bare else stored

@@ -31,7 +31,7 @@ def launch_processes() -> None:
         if os.environ.get("RANK", "0") != "0":
             silence()
         return
-    if not is_one_of_several_to_be():
+    if not stands_for_several():
         return
     arguments = sys.argv[1:]
     command = _parents_command()
@@ -53,7 +53,7 @@ def launch_processes() -> None:
         _become_torchrun(count, arguments)
 
 
-def is_one_of_several_to_be() -> bool:
+def stands_for_several() -> bool:
     """Say whether accelerate was asked for several processes on CPUs and started this one alone."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # accelerate names an address for more than one process only

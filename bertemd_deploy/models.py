@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bertemd_deploy.checkpoints import WEIGHTS, check_folder, missing_head, no_head
+from bertemd_deploy.checkpoints import WEIGHTS, check_folder, missing_head, no_head, output_names
 from bertemd_deploy.errors import ModelError
 from bertemd_deploy.families import family_of, known_inputs
 from bertemd_deploy.files import new_folder
@@ -98,7 +98,7 @@ def load_classifier(
                 ignore_mismatched_sizes=new_head,
             )
     except Exception as error:  # safetensors and transformers raise many kinds for a damaged folder
-        raise ModelError(f"{folder}: could not be loaded ({str(error).strip().splitlines()[0][:200]}).") from error
+        raise ModelError(f"{folder}: could not be loaded ({first_lines(error)}).") from error
     absent = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
     encoder, pooler = f"{family.prefix}.", f"{family.prefix}.pooler."
     lost = [name for name in absent if name.startswith(encoder) and not name.startswith(pooler)]
@@ -111,7 +111,7 @@ def load_classifier(
         raise no_head(folder, absent, kind)
     if model.config.num_labels != outputs:
         raise ModelError(
-            f"{folder}: the model has {model.config.num_labels} outputs ({_names(stored)}), the data needs {outputs} "
+            f"{folder}: the model has {model.config.num_labels} outputs ({_named(stored)}), the data needs {outputs} "
             f"({', '.join(labels) or 'regression'}). Use the data the model was trained for."
         )
     if "token_type_ids" not in known_inputs(stored):
@@ -121,6 +121,12 @@ def load_classifier(
 
 def _without_types(_model: nn.Module, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return arguments, {name: value for name, value in named.items() if name != "token_type_ids"}
+
+
+def first_lines(error: Exception) -> str:
+    """Return up to three lines of a library's message: what was found and what was allowed often follow the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:400] or repr(error)
 
 
 def set_labels(model: nn.Module, labels: Sequence[str], *, kind: Kind = "classification") -> None:
@@ -198,6 +204,5 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _names(config: Mapping[str, Any]) -> str:
-    stored = config.get("id2label") or {}
-    return ", ".join(str(stored[key]) for key in sorted(stored, key=int)[:6]) or "unnamed"
+def _named(config: Mapping[str, Any]) -> str:
+    return ", ".join(output_names(config, where="the model")[:6]) if config.get("id2label") else "unnamed"

@@ -10,13 +10,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bertemd_deploy import __version__
 from bertemd_deploy.checkpoints import WEIGHTS, find_model, has_head
-from bertemd_deploy.config import DataSettings, DistillSettings, Precision, Recipe, TeacherSettings
+from bertemd_deploy.config import DataSettings, Recipe
 from bertemd_deploy.console import note
 from bertemd_deploy.data import Dataset, find_task, load_data
 from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, UnfinishedError
@@ -30,6 +30,8 @@ from bertemd_deploy.files import (
     write_json,
     write_text,
 )
+from bertemd_deploy.launch import stands_for_several
+from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, finetune_inputs, is_same, language_model
 
 STATE = "state.json"
 STAGE = "stage.json"
@@ -92,14 +94,9 @@ def distill_stage(
         checkpoints=work.checkpoints,
         log=work.log,
         teacher_name=_display_name(recipe.teacher.model),
-        language_model=_language_model(recipe),
+        language_model=language_model(recipe),
         **extra,
     )
-
-
-def _language_model(recipe: Recipe) -> Path | None:
-    """Return the checkpoint whose masked-LM head augments: the recipe's, which may be the encoder before fine-tuning."""
-    return find_model(recipe.teacher.model) if recipe.distill.augmentation == "mlm" else None
 
 
 def _display_name(spec: str) -> str:
@@ -191,7 +188,7 @@ def stand_alone(
     def beside(folder: Path, record: dict[str, Any]) -> None:
         shutil.copyfile(work.log, folder / work.log.name)
         write_json(folder / STAGE, header | {"status": "done", "record": record})
-        _keep_foreign(out, folder, ours=(STAGE, work.checkpoints.name))
+        _keep_foreign(out, folder)
 
     return train(work, beside=beside)
 
@@ -210,7 +207,7 @@ def _claim_stage(out: Path, header: dict[str, Any], *, force: bool) -> None:
         marker.unlink(missing_ok=True)
     if marker.exists():
         state = read_json(marker, what="stage record")
-        if state.get("inputs") != header["inputs"]:
+        if not is_same(state.get("inputs"), header["given"]):
             raise ArtifactError(
                 f"{out}: holds a {state.get('stage')} of other inputs ({changed_inputs(state.get('given'), header['given'])}). "
                 "Choose another --out, or add --force to start over."
@@ -222,8 +219,12 @@ def _claim_stage(out: Path, header: dict[str, Any], *, force: bool) -> None:
         (out / f"{header['stage']}.jsonl").unlink(missing_ok=True)
 
 
-def _keep_foreign(old: Path, new: Path, *, ours: tuple[str, ...]) -> None:
-    """Link what a person put into `old` into `new`, the folder about to replace it."""
+def _keep_foreign(old: Path, new: Path) -> None:
+    """Link what a person put into `old` into `new`, the folder about to replace it; what a stage wrote there ends with it."""
+    from bertemd_deploy.facts import FACTS, SLICES
+    from bertemd_deploy.models import TOKENIZER_FILES
+
+    ours = {STAGE, "checkpoints", FACTS, SLICES, *TOKENIZER_FILES, *(f"{stage}.jsonl" for stage in STAGES)}
     for path in old.iterdir():
         if path.name in ours or path.name.startswith(PARTIAL) or (new / path.name).exists():
             continue
@@ -260,7 +261,7 @@ def run(
     """
     if stop_after is not None and stop_after not in STAGES:
         raise RecipeError(f"--to: unknown stage {stop_after!r}; known: {', '.join(STAGES)}.")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if os.environ.get("WORLD_SIZE", "1") != "1" or stands_for_several():
         raise RecipeError(
             "run: its stages measure and export, which is for one process. On several processes use `bertemd finetune` and "
             "`bertemd distill`, then `bertemd export` and `bertemd bench` on one."
@@ -315,13 +316,17 @@ class _Run:
         """Do one stage unless it is done with the same inputs and its product is there."""
         digest = sha256_json(inputs)
         known = self.state["stages"].get(name, {})
-        if known.get("inputs") == digest and known.get("status") == "done" and product.exists():
+        same = is_same(known.get("inputs"), inputs)
+        if same and known.get("status") == "done" and product.exists():
             note(f"{name}: unchanged, skipped")
             return dict(known["record"])
-        if known.get("inputs") != digest or known.get("status") == "done":
+        if not same or known.get("status") == "done":
+            if known and not same and any((self.out / "checkpoints" / name).glob("step-*")):
+                changed = changed_inputs(known.get("given"), inputs)
+                note(f"{name}: its inputs have changed ({changed}); its checkpoint is discarded and it starts over")
             shutil.rmtree(self.out / "checkpoints" / name, ignore_errors=True)
             (self.out / f"{name}.jsonl").unlink(missing_ok=True)
-        entry: dict[str, Any] = {"inputs": digest, "status": "running"}
+        entry: dict[str, Any] = {"inputs": digest, "given": inputs, "status": "running"}
         self.state["stages"][name] = entry
         self._save()
         started = time.monotonic()
@@ -419,39 +424,6 @@ class _Run:
         return records | {"page": str(place / "index.html")}
 
 
-def finetune_inputs(recipe: Recipe, folder: Path, shared: dict[str, Any]) -> dict[str, Any]:
-    """Return everything a fine-tuned teacher depends on; how often to save is not part of it."""
-    precision = _resolved(recipe.teacher.precision)
-    settings = replace(recipe.teacher, precision=precision, checkpoint_seconds=TeacherSettings().checkpoint_seconds)
-    return shared | {"weights": sha256_file(folder / WEIGHTS), "teacher": asdict(settings)}
-
-
-def distill_inputs(recipe: Recipe, teacher: Path, shared: dict[str, Any]) -> dict[str, Any]:
-    """Return everything a student depends on; how often to log or save is not part of it."""
-    plain = DistillSettings()
-    settings = replace(
-        recipe.distill,
-        precision=_resolved(recipe.distill.precision),
-        logging_steps=plain.logging_steps,
-        checkpoint_seconds=plain.checkpoint_seconds,
-        micro_batch_size=None,  # the same student to rounding, as with another number of processes
-        teacher_cache_bytes=0,
-    )
-    model = _language_model(recipe)
-    return (shared if model is None else shared | {"language_model": sha256_file(model / WEIGHTS)}) | {
-        "teacher": sha256_file(teacher / WEIGHTS),
-        "student": asdict(recipe.student),
-        "distill": asdict(settings),
-    }
-
-
-def _resolved(precision: Precision) -> Precision:
-    """Return what "auto" is on this machine: another precision gives another model."""
-    from bertemd_deploy.devices import trains_in_bfloat16
-
-    return "bfloat16" if trains_in_bfloat16(precision) else "float32"
-
-
 def export_record(artifact: Any) -> dict[str, Any]:
     """Return what a person wants to know of a fresh artifact: its files, metrics and parity."""
     manifest = artifact.manifest
@@ -461,16 +433,3 @@ def export_record(artifact: Any) -> dict[str, Any]:
         "bytes": {name: entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".onnx")},
         "parity": manifest["parity"],
     }
-
-
-def changed_inputs(before: Any, after: dict[str, Any], prefix: str = "") -> str:
-    """Name the inputs that differ."""
-    if not isinstance(before, dict):
-        return prefix or "unknown"
-    names = []
-    for key in sorted({*before, *after}):
-        old, new = before.get(key), after.get(key)
-        if old != new:
-            nested = isinstance(new, dict) and isinstance(old, dict)
-            names.append(changed_inputs(old, dict(new or {}), f"{prefix}{key}.") if nested else f"{prefix}{key}")
-    return ", ".join(names)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, its default arguments would keep the group that was joined
 from torch import Tensor
 
 from bertemd_deploy.console import silence
@@ -113,7 +114,7 @@ def _reason(error: Exception) -> str:
 
 
 def _leave() -> None:
-    """Close the connections; torch's threads would otherwise abort a process that ends."""
+    """Close the connections and end their threads: one that runs on while Python ends aborts the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 from bertemd_deploy.errors import DataError, missing_extra
 from bertemd_deploy.tasks import Kind
 
+_CONLLU = 10  # columns
 TABLES = ("tsv", "csv", "jsonl", "parquet")
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "classification": TABLES,
@@ -89,7 +92,7 @@ def read_names(folder: Path) -> tuple[str, ...]:
     path = folder / "labels.txt"
     if not path.is_file():
         return ()
-    names = tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
+    names = tuple(line.strip() for line in _lines(path) if line.strip())
     for at, name in enumerate(names):
         if name in names[:at]:
             raise DataError(f"{path}: the label {name!r} is there twice. Give each label one line.")
@@ -112,8 +115,23 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def _lines(path: Path) -> list[str]:
+    """Return a text file's lines; those of Windows keep their carriage return.
+
+    Raises:
+        DataError: not UTF-8, or its lines end in a carriage return alone.
+    """
+    text = read_text(path)
+    if "\r" in text and "\n" not in text:
+        raise DataError(
+            f"{path}: its lines end in a carriage return alone, as on old Macs; lines should end in a line feed. Convert the "
+            "file, e.g. with: tr '\\r' '\\n'"
+        )
+    return text.split("\n")
+
+
 def _read_tsv(path: Path) -> Records:
-    lines = read_text(path).split("\n")
+    lines = _lines(path)
     rows = ((number, line.removesuffix("\r").split("\t")) for number, line in enumerate(lines, 1) if line.strip("\r"))
     return _table(path, rows)
 
@@ -150,7 +168,7 @@ def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Records:
 def _read_jsonl(path: Path) -> Records:
     columns: dict[str, None] = {}
     records = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         record = _json(line, where=f"{path} line {number}")
@@ -166,8 +184,12 @@ def _read_jsonl(path: Path) -> Records:
 def _json(text: str, *, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({getattr(error, 'msg', 'nested too deep')}).") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg}).") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: not valid JSON (nested too deep).") from error
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise DataError(f"{where}: holds a number of thousands of digits. Shorten it, or write it as text.") from error
 
 
 def _read_parquet(path: Path) -> Records:
@@ -178,9 +200,9 @@ def _read_parquet(path: Path) -> Records:
         raise missing_extra("train", package="pyarrow") from error
     try:
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        rows = [(f"{path} row {at + 1}", row) for at, row in enumerate(table.to_pylist())]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}).") from error
-    rows = [(f"{path} row {at + 1}", row) for at, row in enumerate(table.to_pylist())]
     if not rows:
         raise DataError(f"{path}: holds no rows. Give it at least one row.")
     return Records(table.column_names, rows, _parquet_names(table.schema.metadata or {}))
@@ -200,17 +222,18 @@ def _read_conll(path: Path, columns: tuple[str, str, str]) -> Records:
     """Read one token a line, its tag behind it, and a blank line between sentences.
 
     Fields are parted by a tab where the line has one, else by blanks; the first is the token, the last the tag.
-    Lines of -DOCSTART- are left out.
+    Lines of -DOCSTART- are left out. Comments and CoNLL-U are refused by name: a line such as "# O" may be a token.
     """
     first, _, label = columns
     rows: list[tuple[str, dict[str, Any]]] = []
     open_row: dict[str, list[str]] | None = None
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        line = line.removesuffix("\r")
+    lines = [line.removesuffix("\r") for line in _lines(path)]
+    _check_conll(path, lines)
+    for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("-DOCSTART-"):
             open_row = None
             continue
-        fields = [part.strip() for part in line.split("\t")] if "\t" in line else line.split()
+        fields = _fields(line)
         if len(fields) < 2 or not fields[0] or not fields[-1]:
             raise DataError(
                 f"{path} line {number}: needs a token and its tag, found {line.strip()!r}. "
@@ -224,6 +247,29 @@ def _read_conll(path: Path, columns: tuple[str, str, str]) -> Records:
     if not rows:
         raise DataError(f"{path}: the file is empty. Each line is a token and its tag, such as: Paris B-LOC")
     return Records([first, label], rows)
+
+
+def _fields(line: str) -> list[str]:
+    return [part.strip() for part in line.split("\t")] if "\t" in line else line.split()
+
+
+def _check_conll(path: Path, lines: list[str]) -> None:
+    """Refuse CoNLL-U, whose first field is no token and whose last is no tag, and comments, which would be tokens."""
+    counts = Counter(len(_fields(line)) for line in lines if line.strip() and not line.startswith("#"))
+    usual = counts.most_common(1)[0][0] if counts else 0
+    for number, line in enumerate(lines, 1):
+        fields = _fields(line)
+        if len(fields) == _CONLLU and "\t" in line and re.fullmatch(r"[0-9]+([-.][0-9]+)?", fields[0]):
+            raise DataError(
+                f"{path} line {number}: this is CoNLL-U ({_CONLLU} columns, numbered tokens). Needed are the token first and "
+                "its tag last; for the parts of speech: grep -v '^#' FILE | cut -f 2,4"
+            )
+    for number, line in enumerate(lines, 1):
+        if line.startswith("#") and (re.match(r"#\s*\S+\s*=\s", line) or (usual and len(_fields(line)) != usual)):
+            raise DataError(
+                f"{path} line {number}: {line.strip()[:60]!r} looks like a comment, which would be read as a token and its "
+                "tag. Remove such lines, e.g. with: grep -v '^# '"
+            )
 
 
 def _read_squad(path: Path, columns: tuple[str, str, str]) -> Records:

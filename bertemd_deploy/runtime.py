@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from bertemd_deploy.encoding import Encoded, length_batches
 from bertemd_deploy.errors import ArtifactError
+from bertemd_deploy.tasks import Kind
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -98,6 +99,37 @@ def open_session(path: Path, *, threads: int | None = None, optimize: bool = Tru
             f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load this file "
             f"({str(error).strip().splitlines()[0][:200]}). Export it again, or update onnxruntime."
         ) from error
+
+
+def check_session(session: onnxruntime.InferenceSession, *, kind: Kind, path: Path) -> None:
+    """Refuse a graph whose inputs or outputs are not those of a kind of task.
+
+    Args:
+        session: the opened graph.
+        kind: of the task.
+        path: the graph's file, for the message.
+
+    Raises:
+        ArtifactError: it wants an input that there is none of, or lacks an output, or one has other dimensions.
+    """
+    wanted = dict.fromkeys(SPAN_OUTPUTS, 2) if kind == "question-answering" else {OUTPUT_NAME: logit_rank(kind)}
+    found = {node.name: len(node.shape) for node in session.get_outputs()}
+    inputs = [node.name for node in session.get_inputs()]
+    if set(inputs) <= set(INPUT_NAMES) and all(found.get(name) in (rank, 0) for name, rank in wanted.items()):
+        return  # no dimensions at all: the graph does not say, and what it answers is checked when it runs
+    raise ArtifactError(
+        f"{path}: its inputs are {', '.join(inputs)}, its outputs {_ranked(found)}; {kind} needs inputs among "
+        f"{', '.join(INPUT_NAMES)} and {_ranked(wanted)}. Export the student again."
+    )
+
+
+def logit_rank(kind: Kind) -> int:
+    """Return the number of dimensions of a batch's logits, as `run_session` gives them."""
+    return 3 if kind in ("token-classification", "question-answering") else 2
+
+
+def _ranked(outputs: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} of {rank} dimensions" for name, rank in outputs.items())
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ set), and encodes itself as the `DataSlice` that models are trained and judged o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,6 +106,7 @@ class QuestionSplit:
         answers: accepted answers of each: text, and its first character in the context; none where there is no answer.
             Training learns the first.
         doc_stride: tokens that neighbouring windows of a long context share.
+        no_answer: whether "no answer" is a possible one; None: where a question of these has no answer.
     """
 
     ids: list[str]
@@ -113,6 +114,7 @@ class QuestionSplit:
     contexts: list[str]
     answers: list[list[tuple[str, int]]]
     doc_stride: int
+    no_answer: bool | None = None
 
     def __len__(self) -> int:
         """Return the number of questions."""
@@ -141,7 +143,7 @@ class QuestionSplit:
             if len(held) and (opens or piece[inside[0], 0] <= start) and (closes or piece[inside[-1], 1] >= stop):
                 labels[row] = held[0], held[-1]
         accepted = tuple(tuple(text for text, _ in answers) for answers in self.answers)
-        gold = Answers(example, spans, tuple(self.contexts), accepted, tuple(self.ids))
+        gold = Answers(example, spans, tuple(self.contexts), accepted, tuple(self.ids), self.no_answer)
         return DataSlice(examples, labels, "question-answering", gold)
 
     def select(self, rows: Rows) -> QuestionSplit:
@@ -160,3 +162,13 @@ class QuestionSplit:
 
 
 AnySplit = Split | TokenSplit | QuestionSplit
+
+
+def with_no_answer(splits: Mapping[str, AnySplit]) -> dict[str, AnySplit]:
+    """Return the splits of one data set, where "no answer" is possible in all splits of questions if it is so in one."""
+    questions = [split for split in splits.values() if isinstance(split, QuestionSplit)]
+    found = any(split.no_answer or not all(split.answers) for split in questions)
+    return {
+        name: replace(split, no_answer=found) if isinstance(split, QuestionSplit) else split
+        for name, split in splits.items()
+    }

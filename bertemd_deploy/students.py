@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bertemd_deploy.checkpoints import find_model
-from bertemd_deploy.config import StudentSettings
+from bertemd_deploy.config import STUDENT_NAMES, StudentSettings
 from bertemd_deploy.console import note, warn
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import ModelError, RecipeError
@@ -40,12 +40,13 @@ class Shape:
     start: str = "teacher"
 
 
-STUDENTS: dict[str, Shape] = {
-    "4L-312": Shape(4, 312, 12, 1200, "huawei-noah/TinyBERT_General_4L_312D"),
-    "6L-768": Shape(6, 768, 12, 3072),
-    "4L": Shape(4),
-    "6L": Shape(6),
-}
+_SHAPES = (
+    Shape(4, 312, 12, 1200, "huawei-noah/TinyBERT_General_4L_312D"),
+    Shape(6, 768, 12, 3072),
+    Shape(4),
+    Shape(6),
+)
+STUDENTS: dict[str, Shape] = dict(zip(STUDENT_NAMES, _SHAPES, strict=True))
 
 
 def student_shape(settings: StudentSettings, teacher: Mapping[str, Any]) -> Shape:
@@ -124,7 +125,14 @@ def build_student(
         return _empty_student(source, source, shape=shape, seed=seed, encoder=encoder, kind=kind), "random weights"
     folder = find_model(start)
     config: dict[str, Any] = read_config(folder).to_dict()
-    deep = sizes(config).layers
+    given = sizes(config)
+    if given.heads != shape.heads:
+        raise ModelError(
+            f"{folder}: its layers have {given.heads} attention heads, the student's {shape.heads}; the same weights cut "
+            f"into other heads compute something else. Set student.heads: {given.heads} (with the other sizes, in place of "
+            "student.name), or choose another checkpoint."
+        )
+    deep = given.layers
     layers = even_layers(deep, shape.layers) if deep > shape.layers else list(range(shape.layers))
     student = _empty_student(source, config, shape=shape, seed=seed, encoder=encoder, kind=kind)
     stored = stored_weights(folder)

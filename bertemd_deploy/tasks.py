@@ -86,4 +86,26 @@ TASKS: dict[str, Task] = {
     )
 }
 
+
+def task_name(path: str, task: str | None) -> str:
+    """Return the name of the task of a data path: the given one, that of demo or glue/…, or "classification"."""
+    if task:
+        return task
+    return path if path == "demo" else path.removeprefix("glue/") if path.startswith("glue/") else "classification"
+
+
+def column_fault(task: Task, *, sentence1: str | None, sentence2: str | None) -> str | None:
+    """Return what is wrong with the names given to a task's text columns, or None."""
+    if task.kind == "token-classification" and sentence2 is not None:
+        return f"data.sentence2 is given, but {task.name} reads one column of tokens, data.sentence1; remove it"
+    if sentence2 is not None and sentence1 is None:
+        return "data.sentence2 is given without data.sentence1; name both columns"
+    paired = task.kind != "question-answering" and all(second is not None for _, second in task.columns)
+    if paired and sentence1 is not None and sentence2 is None:
+        return (
+            f"data.sentence1 is given without data.sentence2, but {task.name} reads pairs of texts; name both columns"
+        )
+    return None
+
+
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")

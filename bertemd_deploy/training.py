@@ -44,7 +44,7 @@ from bertemd_deploy.training_state import (
 
 _NO_DECAY = ("bias", "LayerNorm.weight")
 _ESTIMATE_AFTER = 20  # steps
-_MICRO = "distill.micro_batch_size (of the stage finetune: teacher.micro_batch_size)"
+_MICRO = "distill.micro_batch_size (in fine-tuning teacher.micro_batch_size)"
 
 
 @dataclass(frozen=True)
@@ -256,12 +256,10 @@ class _Run:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            most = max((len(part.rows) for part in batch.parts), default=1)
-            smaller = f"Set {_MICRO} to {most // 2}, " if most > 1 else "Take "
             raise TrainingError(
-                f"step {batch.number + 1}: out of memory in the update of the weights, after parts of {most} rows "
-                f"({_first_line(error)}). {smaller}{'or take ' if most > 1 else ''}a smaller model or a machine with more "
-                "memory. The last checkpoint is kept."
+                f"step {batch.number + 1}: out of memory in the update of the weights ({_first_line(error)}), which needs "
+                "the same whatever the batch size. Use a smaller model, fewer processes, or a machine with more memory. The "
+                "last checkpoint is kept."
             ) from error
 
     def _check_finite(self, loss: float) -> None:

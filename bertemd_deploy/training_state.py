@@ -20,7 +20,7 @@ from bertemd_deploy.console import note
 from bertemd_deploy.errors import TrainingError
 from bertemd_deploy.files import new_file, write_error
 
-OLD_BEST = "best.safetensors"  # as runs of version 0.1 and before name it, whatever the epoch
+OLD_BEST = "best.safetensors"  # as earlier versions name it, whatever the epoch
 
 
 class ExtraState(Protocol):

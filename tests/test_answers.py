@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -68,6 +71,42 @@ def test_no_answer_scores_what_its_surest_window_denies() -> None:
     logits[7] = 0.5  # the second window says that there is one
     (answer,) = best_answers(logits, offsets=OFFSETS, gold=gold())
     assert (answer.text, answer.null_score) == ("Paris", 1.0)
+
+
+def test_no_answer_is_one_where_the_rest_of_the_data_has_such() -> None:
+    logits = scores(null=4.0, t4=(1, 1))
+    for allowed, text in ((True, ""), (False, "Paris"), (None, "Paris")):
+        part = replace(gold("Paris"), no_answer=allowed)
+        assert best_answers(logits, offsets=OFFSETS, gold=part)[0].text == text
+        assert part.select([0], offsets=OFFSETS).no_answer is allowed
+        assert Answers.from_arrays(part.arrays()).no_answer is allowed
+    assert not replace(gold(), no_answer=False).unanswerable
+
+
+@pytest.mark.parametrize(
+    ("context", "spans", "text"),
+    [
+        ("in Paris now", [(0, 2), (2, 8), (8, 12)], "Paris"),  # blanks belong to the token behind them
+        ("in Paris now", [(0, 3), (3, 9), (9, 12)], "Paris"),
+        ("in  Paris", [(0, 2), (2, 9), (2, 3)], "Paris"),
+        ("le cafe\u0301 noir", [(0, 2), (3, 7), (9, 13)], "cafe\u0301"),
+        ("le e\u0301a", [(0, 2), (4, 6), (0, 2)], "e\u0301a"),
+        ("a \u0301b", [(0, 1), (2, 4), (0, 1)], "\u0301b"),
+        ("caf\u0939\u093f x", [(0, 3), (3, 4), (6, 7)], "\u0939\u093f"),
+    ],
+)
+def test_an_answer_has_whole_letters_and_no_blanks_at_its_ends(context: str, spans: list[Any], text: str) -> None:
+    part = Answers(np.zeros(1, np.int32), np.array([OUT, *spans], np.int32), (context,), (("x",),), ("q",))
+    logits = np.array([[0, 0], [0, 0], [5, 5], [0, 0]], dtype=np.float32)
+    (answer,) = best_answers(logits, offsets=np.array([0, 4]), gold=part)
+    assert (answer.text, context[answer.start : answer.end]) == (text, text)
+
+
+def test_a_token_of_blanks_alone_neither_starts_nor_ends_an_answer() -> None:
+    part = Answers(np.zeros(1, np.int32), np.array([(0, 1), (1, 2), (2, 3)], np.int32), ("a b",), (("x",),), ("q",))
+    logits = np.array([[0, 0], [9, 9], [1, 1]], dtype=np.float32)
+    (answer,) = best_answers(logits, offsets=np.array([0, 3]), gold=part)
+    assert (answer.text, answer.score) == ("b", 2.0)
 
 
 def test_an_empty_context_has_no_answer() -> None:
@@ -164,6 +203,10 @@ def test_arrays_give_the_same_back_and_hold_each_context_once() -> None:
         ({"text": b'{"contexts": ["c"], "context": [0], "accepted": [[1]], "ids": ["q"]}'}, "accepted answers are not"),
         ({"text": b'{"contexts": ["c"], "context": [0], "accepted": [], "ids": ["q"]}'}, "differ in number"),
         ({"text": b'{"contexts": ["c"], "context": [7], "accepted": [[]], "ids": ["q"]}'}, "not that of a context"),
+        (
+            {"text": b'{"contexts": ["c"], "context": [0], "accepted": [[]], "ids": ["q"], "no_answer": 1}'},
+            "no_answer is neither",
+        ),
         ({"example": np.array([0, 3], np.int32)}, "a row is a window of no example"),
         ({"spans": SPANS[:, 0]}, "character spans are not pairs"),
     ],

@@ -99,6 +99,47 @@ def test_manifest_of_another_shape(folder: Path, key, value, kind):
         Artifact.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": {}}, "task.name should be text, found None"),
+        ({"task": {"name": "a", "metrics": []}}, r"task.metrics should be a list of at least one name, found \[\]"),
+        ({"task": {"name": "a", "metrics": [1]}}, r"task.metrics should be a list of at least one name, found \[1\]"),
+        ({"labels": ["a", 1]}, "'labels' should all be text, found 1"),
+        ({"labels": []}, "0 labels do not fit classification"),
+        ({"max_length": 0}, "'max_length' should be from 1 to 100,000, found 0"),
+        ({"max_length": True}, "'max_length' should be from 1 to 100,000, found True"),
+        ({"max_length": 10**9}, "'max_length' should be from 1 to 100,000, found 1000000000"),
+        ({"doc_stride": "8"}, "task.doc_stride should be a whole number from 0, found '8'"),
+        ({"doc_stride": -1}, "task.doc_stride should be a whole number from 0, found -1"),
+        ({"pairs": "yes"}, "task.pairs should be true or false, found 'yes'"),
+        ({"no_answer": 1}, "task.no_answer should be true or false, found 1"),
+    ],
+)
+def test_manifest_of_unusable_values(folder: Path, changes: dict[str, Any], message: str):
+    task = {"name": "sst2", "kind": "classification", "metrics": ["accuracy"]}
+    inner = {key: value for key, value in changes.items() if key in ("doc_stride", "pairs", "no_answer")}
+    write_manifest(folder, **(changes if not inner else {"task": task | inner}))
+    with pytest.raises(ArtifactError, match=rf"bertemd\.json: {message}\. Export again\."):
+        Artifact.load(folder)
+
+
+def test_inputs_longer_than_the_model_beside_the_manifest_takes(folder: Path):
+    (folder / "config.json").write_text('{"max_position_embeddings": 64}')
+    write_manifest(folder)
+    assert Artifact.load(folder).max_length == 64
+    write_manifest(folder, max_length=65)
+    with pytest.raises(ArtifactError, match="'max_length' should be from 1 to 64, found 65"):
+        Artifact.load(folder)
+
+
+@pytest.mark.parametrize("pairs", [None, True, False])
+def test_whether_the_model_takes_pairs(folder: Path, pairs):
+    task = {"name": "a", "kind": "classification", "metrics": ["accuracy"]}
+    write_manifest(folder, task=task if pairs is None else task | {"pairs": pairs})
+    assert Artifact.load(folder).pairs is pairs
+
+
 def test_file_that_changed(folder: Path):
     (folder / GRAPHS["fp32"]).write_bytes(b"fp3")
     with pytest.raises(

@@ -350,7 +350,7 @@ def test_an_absent_graph_names_those_present(tiny_artifact: Make) -> None:
 def test_an_artifact_evaluated_on_other_labels(tiny_artifact: Make, tiny_data: Make) -> None:
     data = tiny_data(labels=("bad", "good"))
     told = refused(call("evaluate", tiny_artifact(), "--data", data))
-    assert "dev.tsv line 2: unknown label 'bad'; known from the dev split or the task: no, yes." in told
+    assert "dev.tsv line 2: unknown label 'bad'; known from the artifact or model: no, yes." in told
 
 
 def test_weights_that_give_no_number(tiny_task: Task, tiny_bert: Make, tmp_path: Path) -> None:

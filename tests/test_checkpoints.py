@@ -52,6 +52,8 @@ def test_a_folder_without_config_is_refused(tiny_bert: Callable[..., Path]) -> N
     ("content", "message"),
     [
         ("{", r"config\.json: not readable as JSON"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", r"config\.json: not readable as JSON \(Exceeds the limit"),
+        ("[" * 100_000, r"config\.json: not readable as JSON"),
         ("[]", r"config\.json: not readable as a JSON object \(it holds a list\)"),
         ("{}", r"config\.json: model_type is None; supported: bert"),
         (
@@ -271,6 +273,28 @@ def test_label_order_of_placeholders_is_the_data_s_and_is_said(
     edit_config(folder, id2label=None)
     assert label_order(folder, ("no", "yes")) == [0, 1]
     assert label_order(folder, ()) == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"id2label": ["no", "yes"]},
+            r"config\.json: id2label should be an object of names by number, .* \['no', 'yes'\]",
+        ),
+        ({"id2label": {"no": 0}}, r"id2label should be an object of names by number, .* Correct it and label2id"),
+        ({"vocab_size": "many"}, r"config\.json: vocab_size should be a whole number, found 'many'"),
+        ({"num_attention_heads": 2.5}, r"num_attention_heads should be a whole number, found 2\.5"),
+        ({"vocab_size": None}, r"config\.json: has no vocab_size, the number of rows of the word embedding\. Copy"),
+    ],
+)
+def test_a_config_with_values_that_cannot_be_used(
+    tiny_bert: Callable[..., Path], changes: dict[str, object], message: str
+) -> None:
+    folder = tiny_bert()
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        checked_encoder(folder, max_length=8)
 
 
 def test_label_order_sorts_ten_and_more_outputs_by_number(tiny_bert: Callable[..., Path]) -> None:

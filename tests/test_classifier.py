@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import bertemd_deploy
 from bertemd_deploy import predictions
+from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.classifier import Classifier, Prediction, evaluate_artifact
 from bertemd_deploy.cli import app
 from bertemd_deploy.config import DataSettings
@@ -75,6 +76,7 @@ def build(tmp_path: Path, tiny_tokenizer) -> Callable[..., Path]:
         graphs: tuple[str, ...] = ("model", "model_quantized"),
         value: float = 1.0,
         kind: str | None = None,
+        pairs: bool | None = None,
     ) -> Path:
         folder = tmp_path / "artifact"
         tiny_tokenizer(folder)
@@ -86,7 +88,7 @@ def build(tmp_path: Path, tiny_tokenizer) -> Callable[..., Path]:
         metrics = ["f1_micro"] if kind == "multilabel" else ["accuracy"] if labels else ["pearson", "spearman"]
         manifest = {
             "schema_version": 1,
-            "task": {"name": task, "kind": kind, "metrics": metrics},
+            "task": {"name": task, "kind": kind, "metrics": metrics} | ({} if pairs is None else {"pairs": pairs}),
             "labels": list(labels),
             "max_length": 24,
         }
@@ -228,10 +230,10 @@ def test_several_labels(build):
 
 def test_entities_with_their_places(lookup):
     classifier = Classifier.load(lookup("token-classification"), threads=1)
-    text = "  Good fine, the  bad-film; fine"
+    text = "  Good fine, the  (bad); fine"
     (found, nothing, empty) = classifier.predict([text, "the film", ""])
     sure = math.exp(2) / (math.exp(2) + 3)
-    wanted = [("PER", "Good fine", 2, 11), ("LOC", "bad", 18, 21), ("PER", "fine", 28, 32)]
+    wanted = [("PER", "Good fine", 2, 11), ("LOC", "bad", 19, 22), ("PER", "fine", 25, 29)]
     assert [(entity.label, entity.text, entity.start, entity.end) for entity in found.entities] == wanted
     assert [entity.score for entity in found.entities] == pytest.approx([sure] * 3)
     assert all(text[entity.start : entity.end] == entity.text for entity in found.entities)
@@ -301,8 +303,125 @@ def test_question_answering_wants_contexts_and_tagging_does_not(lookup):
         Classifier.load(lookup("question-answering"), threads=1).predict(["was it?"])
     with pytest.raises(DataError, match="takes one text at a time, not pairs"):
         Classifier.load(lookup("token-classification"), threads=1).predict(["a"], ["b"])
-    with pytest.raises(DataError, match="question 0: it fills 15 of 12 tokens and leaves no room"):
+    with pytest.raises(
+        DataError, match=r"question 1: it fills 15 of 12 tokens and leaves no room for its context\. Shorten it\.$"
+    ):
         Classifier.load(lookup("question-answering"), threads=1).predict(["was it " * 6], ["film"])
+
+
+def test_a_question_that_is_too_long_is_numbered_over_the_whole_stream(lookup):
+    rows = [("was it", "film")] * 1100 + [("was it " * 6, "film")]
+    with pytest.raises(DataError, match="question 1101: it fills 15 of 12 tokens"):
+        list(Classifier.load(lookup("question-answering"), threads=1).stream(rows))
+
+
+def test_words_are_what_the_model_was_trained_on(lookup):
+    """Each word is one, whatever pieces it has: tagged once, by its first, as in training."""
+    classifier = Classifier.load(lookup("token-classification", labels=("N", "A", "B", "C")), threads=1)
+    words = ["U.S.", "O'Neil", ",", "3.5", "good.fine", "\u5317", "\u4eac", "film", "."]
+    (found,) = classifier.predict(["U.S. O'Neil, 3.5 good.fine \u5317\u4eac" + "film."])
+    assert [entity.text for entity in found.entities] == words
+    (given,) = classifier.predict([words])
+    assert [(entity.label, entity.text) for entity in given.entities] == [
+        (entity.label, entity.text) for entity in found.entities
+    ]
+
+
+def test_given_words_are_taken_as_they_are(lookup):
+    classifier = Classifier.load(lookup("token-classification"), threads=1)
+    texts = [["the", "good", "fine.", "", "bad", "film"], "a good", ()]
+    found, text, empty = classifier.predict(texts)
+    wanted = [("PER", "good fine.", 4, 14), ("LOC", "bad", 16, 19)]
+    assert [(entity.label, entity.text, entity.start, entity.end) for entity in found.entities] == wanted
+    assert [entity.text for entity in text.entities] == ["good"]
+    assert empty.entities == ()
+
+
+@pytest.mark.parametrize(
+    ("texts", "pairs", "message"),
+    [
+        ("abc", None, r"^texts should be a list of texts, found a single one\. Write \[text\]\.$"),
+        (["a"], "b", "^pairs should be a list of texts, found a single one"),
+        (
+            [["a", "b"]],
+            None,
+            r"^text 1 should be text, found list\. Second texts are an argument of their own: pairs\.$",
+        ),
+        (["a", None], None, r"^text 2 should be text, found NoneType\.$"),
+        (["a"], [b"b"], r"^text 1 should be text, found bytes\.$"),
+    ],
+)
+def test_what_is_no_text(build, texts, pairs, message):
+    with pytest.raises(TypeError, match=message):
+        Classifier.load(build(), threads=1).predict(texts, pairs)
+
+
+def test_what_is_no_word_and_no_row(lookup):
+    classifier = Classifier.load(lookup("token-classification"), threads=1)
+    with pytest.raises(TypeError, match=r"^text 2 should be text or a list of words, found int among its words\.$"):
+        classifier.predict(["a", ["b", 3]])
+    with pytest.raises(TypeError, match=r"^text 1 should be text or a list of words, found NoneType\.$"):
+        classifier.predict([None])
+    with pytest.raises(TypeError, match=r"^row 1 should be \(text,\) or \(text, pair\), found str\.$"):
+        list(classifier.stream(["abc"]))
+
+
+def test_text_that_is_not_unicode(build, lookup):
+    message = r"text 2 is not valid Unicode \(lone surrogate U\+DCFF at character 5\)\. Read or convert it as UTF-8"
+    folder = build()
+    for pairs in (None, ["a", "b"]):
+        with pytest.raises(DataError, match=message):
+            Classifier.load(folder, threads=1).predict(["good", "bad \udcff"], pairs)
+    answer = CliRunner().invoke(app, ["predict", str(folder), "good", "bad \udcff"])
+    assert (answer.exit_code, answer.stdout) == (3, "")
+    assert "text 2 is not valid Unicode" in answer.stderr
+    rows = [("a",)] * 1030 + [(["a", "\ud800"],)]
+    with pytest.raises(DataError, match=r"text 1031 is not valid Unicode \(lone surrogate U\+D800 at character 1\)"):
+        list(Classifier.load(lookup("token-classification"), graph="fp32", threads=1).stream(rows))
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_texts_come_as_the_model_was_trained(build, tmp_path: Path, pairs):
+    folder = build(pairs=pairs)
+    classifier = Classifier.load(folder, threads=1)
+    given = (["good"], ["bad"] if pairs else None)
+    assert len(classifier.predict(*given)) == 1
+    other = (["good"], None if pairs else ["bad"])
+    message = (
+        r"trained on pairs of texts, and needs two: predict\(texts, pairs\), or `bertemd predict --pair`"
+        if pairs
+        else r"trained on single texts, not on pairs\. Leave out the second texts"
+    )
+    with pytest.raises(DataError, match=message):
+        classifier.predict(*other)
+    answer = CliRunner().invoke(app, ["predict", str(folder), *([] if pairs else ["--pair"]), "good\tbad"])
+    assert (answer.exit_code, "--pair" in answer.stderr) == (3, True)
+    header, line = ("sentence", "good") if pairs else ("sentence1\tsentence2", "good\tbad")
+    path = data_folder(tmp_path, f"{header}\tlabel", f"{line}\tpositive", f"{line}\tnegative")
+    with pytest.raises(DataError, match=r"dev-only: the data is (single|pairs).*Name its columns in data.sentence1"):
+        evaluate_artifact(folder, settings=DataSettings(path=path, task="classification"))
+
+
+def test_a_graph_of_another_kind_of_task(build, lookup):
+    message = (
+        r"model\.onnx: its inputs are input_ids, its outputs logits of 3 dimensions; classification needs .*logits of 2"
+    )
+    folder = lookup("token-classification")
+    manifest = json.loads((folder / "bertemd.json").read_text())
+    manifest["task"]["kind"] = "classification"
+    (folder / "bertemd.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=message):
+        Classifier.load(folder, threads=1)
+    artifact = Artifact.load(folder)
+    classifier = Classifier.of(artifact, lambda batch: np.zeros((1, 3, 4), np.float32), graph="fp32")
+    with pytest.raises(ArtifactError, match="graph fp32: its logits have 3 dimensions, those of classification have 2"):
+        classifier.predict(["good"])
+    manifest["task"]["kind"], manifest["labels"] = "question-answering", []
+    (folder / "bertemd.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ArtifactError, match=r"question-answering needs .* start_logits of 2 dimensions, end_logits of 2"
+    ):
+        Classifier.load(folder, threads=1)
 
 
 def test_a_kind_of_a_later_version(lookup):

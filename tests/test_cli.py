@@ -185,7 +185,13 @@ def test_run_bench_and_report_hand_over_what_was_asked(
     ]
     (settings,), options = run.call_args
     assert settings.distill.seed == 5
-    assert options == {"out": Path("runs/r"), "from_stage": "export", "stop_after": None, "force": True}
+    assert options == {
+        "out": Path("runs/r"),
+        "from_stage": "export",
+        "stop_after": None,
+        "force": True,
+        "max_minutes": None,
+    }
     run.return_value = {"finetune": {"metrics": {"accuracy": 0.9}}}
     part = call("run", recipe, "--to", "finetune", "--out", tmp_path / "run")
     assert part.stdout.split() == ["teacher", "accuracy", "0.9000", "run", str(tmp_path / "run")]
@@ -311,7 +317,9 @@ def test_a_distillation_killed_and_interrupted_ends_in_the_same_bits(tiny_task: 
     code, told = stop_when(command, lambda: newest_step(cut) > at, signal.SIGINT)
     assert code == 130, told
     assert "distill: continuing after step" in told
-    assert told.endswith("interrupted; what is finished is kept, the same command continues\n")
+    assert told.endswith(
+        "interrupted; what is finished is kept, the same command (without --force or --from) continues\n"
+    )
     assert "stopping after this step; the state is kept" in told
     last = call(*command[len(COMMAND) :], "--json")
     assert last.exit_code == 0, last.stderr

@@ -145,7 +145,9 @@ def test_a_student_is_the_one_that_distill_alone_gives_and_a_cut_run_goes_on(
         patch.setattr(pipeline, "distill_stage", interrupted)
         cut = call("distill", recipe, "--compare", "none,emd", "--out", out)
     assert cut.exit_code == 130
-    assert cut.stderr.endswith("interrupted; what is finished is kept, the same command continues\n")
+    assert cut.stderr.endswith(
+        "interrupted; what is finished is kept, the same command (without --force or --from) continues\n"
+    )
     assert json.loads((out / "comparison.json").read_text())["status"] == "running"
     assert trained == [("none", 7)]
     assert call("distill", recipe, "--compare", "none,emd", "--out", out).exit_code == 0

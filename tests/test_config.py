@@ -8,7 +8,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertemd_deploy.config import MAPPINGS, DataSettings, Recipe, build_recipe, load_recipe, options_recipe
+from bertemd_deploy.config import (
+    MAPPINGS,
+    STUDENT_NAMES,
+    DataSettings,
+    Recipe,
+    build_recipe,
+    load_recipe,
+    options_recipe,
+)
 from bertemd_deploy.errors import RecipeError
 
 MINIMAL = "teacher: {model: teacher}\ndata: {path: demo}\nstudent: {name: 4L}\n"
@@ -308,6 +316,20 @@ def test_number_beyond_floats_is_a_fault(tmp_path: Path):
     assert fault.endswith("allowed: a number")
 
 
+def test_an_unknown_student_is_a_fault(tmp_path: Path):
+    (fault,) = faults(tmp_path, MINIMAL, "student.name=5L")
+    assert fault == "student.name: unknown '5L'; known: 4L-312, 6L-768, 4L, 6L, or give the sizes"
+
+
+def test_columns_that_a_task_lacks_or_has_no_use_for_are_faults(tmp_path: Path):
+    (fault,) = faults(tmp_path, MINIMAL, "data.path=glue/rte", "data.sentence1=a")
+    assert fault.startswith("data.sentence1 is given without data.sentence2, but rte reads pairs of texts; name both")
+    (fault,) = faults(tmp_path, MINIMAL, "data.task=tagging", "data.sentence1=a", "data.sentence2=b")
+    assert fault.startswith(
+        "data.sentence2 is given, but tagging reads one column of tokens, data.sentence1; remove it"
+    )
+
+
 # ---- round trip
 
 
@@ -326,16 +348,17 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Cn
     path=st.one_of(
         words, st.sampled_from(["1e5", "2E-3", "yes", "null", "~", "1:30", "2020-01-01", "0x1f", "- a", "a: b"])
     ),
+    name=st.sampled_from(STUDENT_NAMES),
     rate=st.floats(0, 1, exclude_min=True),
     lengths=st.lists(st.one_of(st.integers(1, 4096), st.just("max")), min_size=1),
     replay=st.booleans(),
 )
-def test_any_recipe_reads_back_equal(tmp_path_factory, path, rate, lengths, replay):
+def test_any_recipe_reads_back_equal(tmp_path_factory, path, name, rate, lengths, replay):
     recipe = build_recipe(
         {
             "teacher": {"model": path, "learning_rate": rate},
-            "data": {"path": path, "sentence1": path},
-            "student": {"name": path},
+            "data": {"path": path, "label": path},
+            "student": {"name": name, "init": path},
             "bench": {"sequence_lengths": lengths, "replay": replay},
         },
         where="here",

@@ -193,7 +193,7 @@ def test_names_that_are_numbers_are_never_taken_as_positions(folder: Path):
     assert loaded.splits["dev"].labels.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("odd", ["--1", "²", "1.5"])
+@pytest.mark.parametrize("odd", ["--1", "²", "1.5 stars"])
 def test_names_that_only_look_like_numbers_are_sorted_as_text(folder: Path, odd):
     for split in ("train", "dev"):
         write(folder, f"{split}.tsv", tsv([("a", odd), ("b", "3")]))
@@ -229,7 +229,141 @@ def test_regression_label_that_is_no_number(folder: Path, label):
     fails(folder, rf"train\.tsv line 3: the label '{label}' is not a finite number", task="regression")
 
 
+def jsonl(folder: Path, *rows: dict, split: str = "train") -> None:
+    (folder / f"{split}.tsv").unlink(missing_ok=True)
+    write(folder, f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sentence": ["a"], "label": "no"}, r"line 1: the text should be text, found list \['a'\]\. Write it as one"),
+        ({"sentence": {"a": 1}, "label": "no"}, r"line 1: the text should be text, found dict \{'a': 1\}"),
+        ({"sentence": 12, "label": "no"}, r"line 1: the text should be text, found int 12"),
+        (
+            {"sentence": "a", "label": ["no"]},
+            r"line 1: the label should be a name or a class number, found list \['no'\]",
+        ),
+        ({"sentence": "a", "label": {"x": "y"}}, r"the label should be a name or a class number, found dict"),
+        (
+            {"sentence": "a", "label": 1.5},
+            r"line 1: the label 1\.5 is a number with a fraction.* data\.task: regression",
+        ),
+        (
+            {"sentence": "a", "label": "x" * 1001},
+            r"line 1: a label of 1,001 characters .* data\.label the right column",
+        ),
+        ({"sentence": "half \ud83d", "label": "no"}, r"line 1: half a character \(the lone surrogate U\+D83D\) in str"),
+        ({"sentence": "a", "label": "n\udc00"}, r"line 1: half a character \(the lone surrogate U\+DC00\)"),
+    ],
+)
+def test_values_of_another_type(folder: Path, row, message):
+    jsonl(folder, row, {"sentence": "b", "label": "yes"})
+    fails(folder, rf"train\.jsonl {message}" if message.startswith("line") else message)
+
+
+def test_bytes_are_no_text(folder: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (folder / "train.tsv").unlink()
+    parquet.write_table(pyarrow.table({"sentence": [b"a", b"b"], "label": ["no", "yes"]}), folder / "train.parquet")
+    fails(folder, r"train\.parquet row 1: the text should be text, found bytes b'a'")
+    parquet.write_table(pyarrow.table({"sentence": ["a", "b"], "label": [b"no", b"yes"]}), folder / "train.parquet")
+    fails(folder, r"train\.parquet row 1: the label should be a name or a class number, found bytes b'no'")
+
+
+def test_class_numbers_may_be_whole_numbers_of_any_type(folder: Path):
+    jsonl(folder, {"sentence": "a", "label": 1.0}, {"sentence": "b", "label": 2}, {"sentence": "c", "label": " 10 "})
+    write(folder, "dev.tsv", tsv([("a", " 2 "), ("b", "10")]))
+    loaded = load_data(str(folder))
+    assert loaded.labels == ("1", "2", "10")
+    assert loaded.splits["train"].labels.tolist() == [0, 1, 2]
+    assert loaded.splits["dev"].labels.tolist() == [1, 2]
+
+
+def test_measured_numbers_are_no_classes(folder: Path):
+    write(folder, "train.tsv", tsv([("a", "1"), ("b", "2.5")]))
+    fails(folder, r"train\.tsv line 3: the label 2\.5 is a number with a fraction.* set data\.task: regression")
+
+
+def test_parquet_class_names_are_the_labels(folder: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    features = {"info": {"features": {"label": {"names": ["pos", "neg", "none"], "_type": "ClassLabel"}}}}
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").unlink()
+        table = pyarrow.table({"sentence": ["a", "b"], "label": [0, 1]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        parquet.write_table(table, folder / f"{split}.parquet")
+    loaded = load_data(str(folder))
+    assert loaded.labels == ("pos", "neg", "none")
+    assert loaded.splits["dev"].labels.tolist() == [0, 1]
+    turned = load_data(str(folder), label_names=["neg", "pos"], splits=("dev",))
+    assert turned.splits["dev"].labels.tolist() == [1, 0]
+
+
+def test_unknown_labels_name_the_next_step(folder: Path):
+    write(folder, "dev.tsv", tsv([("a", "maybe")]))
+    fails(folder, r"the task: no, yes\. Correct the row, or add one of it to train\.$")
+    fails(
+        folder,
+        r"line 2: unknown label 'maybe'; known from the artifact or model: no, yes\. Correct the row, or use the data that",
+        label_names=["no", "yes"],
+        splits=("dev",),
+    )
+
+
+def test_a_models_names_may_differ_in_case(folder: Path):
+    loaded = load_data(str(folder), label_names=["YES", "No"], splits=("dev",))
+    assert loaded.labels == ("yes", "no")
+    assert loaded.splits["dev"].labels.tolist() == [1, 0]
+
+
+def test_regression_labels_that_cannot_be_learnt(folder: Path):
+    write(folder, "train.tsv", tsv([("a", "1.0"), ("b", "1e39")]))
+    fails(
+        folder, r"train\.tsv line 3: the label '1e39' is beyond what 32 bits hold.*Scale the labels", task="regression"
+    )
+    write(folder, "train.tsv", tsv([("a", "2.5"), ("b", "2.5")]))
+    fails(folder, r"every train row has the label 2\.5; a regression needs at least two numbers", task="regression")
+
+
+# ---- names of columns, and the demo
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"task": "rte", "sentence1": "a"},
+            "data.sentence1 is given without data.sentence2, but rte reads pairs of texts",
+        ),
+        (
+            {"task": "tagging", "sentence1": "a", "sentence2": "b"},
+            "data.sentence2 is given, but tagging reads one column",
+        ),
+        ({"sentence2": "b"}, "data.sentence2 is given without data.sentence1; name both columns."),
+    ],
+)
+def test_names_that_a_task_has_no_use_for(folder: Path, options, message):
+    with pytest.raises(RecipeError, match=message):
+        load_data(str(folder), **options)
+
+
+@pytest.mark.parametrize("task", ["question-answering", "tagging", "multilabel", "regression", "rte"])
+def test_the_demo_is_a_classification(task):
+    with pytest.raises(RecipeError, match=f"demo: it is a classification of single texts, no data for the task {task}"):
+        load_data("demo", task=task)
+
+
 # ---- files that cannot be read
+
+
+@pytest.mark.parametrize(("name", "content"), [("train.tsv", "sentence\tlabel\ra\tyes\r"), ("train.jsonl", "{}\r{}\r")])
+def test_lines_of_old_macs(folder: Path, name, content):
+    (folder / "train.tsv").unlink()
+    write(folder, name, content)
+    fails(folder, rf"{name}: its lines end in a carriage return alone, as on old Macs.* tr '\\r' '\\n'")
 
 
 def test_no_folder(tmp_path: Path):
@@ -322,6 +456,7 @@ def test_csv_quoting_that_is_broken(folder: Path):
         ('{"sentence": "a"}', "nothing in column 'label'"),
         ('{"sentence": null, "label": "yes"}', "nothing in column 'sentence'"),
         ('{"sentence": "a", "label": NaN}', "nothing in column 'label'"),
+        ('{"sentence": "a", "label": ' + "9" * 5000 + "}", "holds a number of thousands of digits"),
     ],
 )
 def test_jsonl_line_that_is_broken(folder: Path, line, message):
@@ -402,9 +537,9 @@ def test_glue_regression_from_the_hub(monkeypatch):
     table = Table()
     table.column_names = ("sentence1", "sentence2", "label")
     table.features = {"label": "float32"}
-    table.columns = {"sentence1": ["a"], "sentence2": ["b"], "label": [3.8]}
+    table.columns = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "label": [3.8, 2.0]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
-    assert load_data("glue/stsb").splits["train"].labels.tolist() == [np.float32(3.8)]
+    assert load_data("glue/stsb").splits["train"].labels.tolist() == [np.float32(3.8), 2.0]
 
 
 def test_hub_out_of_reach(monkeypatch):

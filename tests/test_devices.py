@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bertemd_deploy.devices import (
+    is_out_of_memory,
     keep_products_in_bfloat16,
     matrix_precision,
     training_device,
@@ -78,3 +79,17 @@ def test_a_frozen_model_keeps_its_products_in_bfloat16_to_the_bit() -> None:
     assert {value.dtype for value in model[0].parameters()} == {torch.bfloat16}
     assert {value.dtype for value in model[1].parameters()} == {torch.float32}
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_an_error_for_want_of_memory_is_told_from_others(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected

@@ -197,8 +197,28 @@ def test_a_question_that_fills_its_row_is_refused(folder: Path):
         DataError, match=r"question q7: it fills 9 of 8 tokens and leaves no room.*raise data\.max_length"
     ):
         encoder.encode_windows(["sad", "good " * 6], ["a", "a"], overlap=2, names=["q6", "q7"])
-    with pytest.raises(DataError, match="question 1: it fills 8 of 8"):
+    with pytest.raises(DataError, match="question 2: it fills 8 of 8"):
         encoder.encode_windows(["sad", "good " * 5], ["a", "a"], overlap=2)
+
+
+def test_what_to_do_about_a_long_question_is_the_callers_word(folder: Path):
+    with pytest.raises(DataError, match=r"leaves no room for its context\. Shorten it\.$"):
+        TextEncoder.load(folder, max_length=8).encode_windows(["good " * 5], ["a"], overlap=2, remedy="Shorten it.")
+
+
+def test_a_text_that_is_not_unicode_is_named(folder: Path):
+    encoder = TextEncoder.load(folder, max_length=8)
+    message = r"text 2 is not valid Unicode \(lone surrogate U\+DCE9 at character 4\)\. Read or convert it as UTF-8"
+    good, torn = ["good", "fine"], ["good", "caf\udce9"]
+    for call in (
+        lambda: encoder.encode(torn),
+        lambda: encoder.encode(good, torn),
+        lambda: encoder.encode_words([["good"], ["ca", "f\udce9"]]),
+        lambda: encoder.encode_windows(torn, good, overlap=2),
+        lambda: encoder.encode_windows(good, torn, overlap=2),
+    ):
+        with pytest.raises(DataError, match=message):
+            call()
 
 
 def test_an_empty_context_is_one_row_without_spans(folder: Path):

@@ -6,19 +6,22 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from corpora import write_corpus
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bertemd_deploy.answers import Answers
 from bertemd_deploy.artifact import DataSlice
+from bertemd_deploy.config import DataSettings
 from bertemd_deploy.data import load_data
 from bertemd_deploy.encoding import Encoded, TextEncoder
-from bertemd_deploy.errors import ModelError
-from bertemd_deploy.evaluate import check_teacher, dev_metrics, evaluate_folder, torch_logits
+from bertemd_deploy.errors import DataError, ModelError, TrainingError
+from bertemd_deploy.evaluate import check_teacher, dev_metrics, evaluate_folder, evaluate_model, torch_logits
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier
 from bertemd_deploy.tasks import TASKS, Kind
@@ -57,6 +60,31 @@ def test_outputs_are_matched_by_name(tiny_task: Task) -> None:
     assert evaluate_folder(teacher, data=data, max_length=32)["metrics"] == {"accuracy": 1.0}
 
 
+def test_a_folder_needs_a_dev_split_only(tiny_task: Task) -> None:
+    teacher, folder = tiny_task()
+    rewritten = (folder / "dev.tsv").read_text().replace("\tyes", "\tYes")
+    (folder / "dev.tsv").write_text(rewritten)
+    (folder / "train.tsv").unlink()
+    settings = DataSettings(str(folder), max_length=32)
+    record = evaluate_model(teacher, settings=settings)
+    assert record == {"metrics": {"accuracy": 1.0}, "rows": 24, "backend": "pytorch", "task": "classification"}
+    (folder / "dev.tsv").write_text(rewritten + "a film\tmaybe\n")
+    with pytest.raises(
+        DataError, match=r"dev\.tsv line 26: unknown label 'maybe'; known from the artifact or model: no,"
+    ):
+        evaluate_model(teacher, settings=settings)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"id2label": None, "label2id": None}))
+    with pytest.raises(DataError, match="needs exactly one train file"):  # only the data can name the labels
+        evaluate_model(teacher, settings=settings)
+    weights = load_file(teacher / "model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "classifier" not in name}, teacher / "model.safetensors"
+    )
+    with pytest.raises(ModelError, match="no classification head"):
+        evaluate_model(teacher, settings=settings)
+
+
 @pytest.mark.parametrize("kind", ["pair", "regression"])
 def test_pairs_and_numbers_are_scored_too(tiny_task: Task, kind: str) -> None:
     teacher, folder = tiny_task(kind)
@@ -73,6 +101,9 @@ def test_outputs_that_are_not_finite_have_no_metric(tiny_task: Task) -> None:
     dev = load_data(str(folder)).splits["dev"].encode(TextEncoder.load(teacher, max_length=32))
     with pytest.raises(ModelError, match=r"the model: 24 of 24 outputs are not finite\. The weights are broken, or"):
         dev_metrics(model, dev, task=TASKS["classification"], pad_id=0)
+    model.save_pretrained(teacher)
+    with pytest.raises(ModelError, match=rf"{teacher}: 24 of 24 outputs are not finite"):
+        evaluate_folder(teacher, data=load_data(str(folder)), max_length=32)
 
 
 @pytest.mark.parametrize("answers", [[0, 0, 0, 0, 0], [0, 1, 0, 1, 0], [1, 0, 0, 0, 1], [1, 0, 1, 1, 0]])
@@ -107,13 +138,28 @@ def test_the_permutation_that_would_fit_is_named() -> None:
     ) in str(raised.value)
 
 
-def test_beyond_five_classes_no_permutation_is_sought() -> None:
+def test_the_order_is_named_of_any_number_of_classes() -> None:
     labels = np.arange(6).repeat(3)
     logits = one_hot([(label + 1) % 6 for label in labels], 6)
     with pytest.raises(ModelError) as raised:
         check_teacher(logits, part(labels), task=TASKS["classification"], names=tuple("abcdef"), where="t")
-    assert "outputs read as" not in str(raised.value)
-    assert "Fine-tune it on this task first" in str(raised.value)
+    assert "With its outputs read as a -> f, b -> a, c -> b, d -> c, e -> d, f -> e it reaches 1.000" in str(
+        raised.value
+    )
+
+
+def test_two_of_many_classes_exchanged_are_found_above_the_floor() -> None:
+    labels, names = np.arange(10).repeat(12), tuple("abcdefghij")
+    answers = np.array([1, 0, *range(2, 10)])[labels]
+    with pytest.raises(
+        ModelError, match=r"^t: its dev accuracy is 0\.800\. With its outputs read as a -> b, b -> a it r"
+    ):
+        check_teacher(one_hot(list(answers), 10), part(labels), task=TASKS["classification"], names=names, where="t")
+    answers[12:24] = 1  # class a is taken for b: errors that no order mends
+    found = check_teacher(
+        one_hot(list(answers), 10), part(labels), task=TASKS["classification"], names=names, where="t"
+    )
+    assert found["accuracy"] == pytest.approx(0.9)
 
 
 def test_a_regression_teacher_needs_a_positive_correlation() -> None:
@@ -141,6 +187,9 @@ def test_a_multilabel_teacher_must_beat_the_best_one_answer() -> None:
         "distil. Fine-tune it on this task first (teacher.finetune: always); if it was, check that data.path and the order "
         "of its labels are those that it was trained with."
     )
+    three, turned = np.tile(labels, (3, 1)), np.tile(labels[:, [1, 2, 0]], (3, 1)) - 0.5
+    with pytest.raises(ModelError, match=r"With its outputs read as a -> b, b -> c, c -> a it reaches 1\.000"):
+        check_teacher(turned, part(three, "multilabel"), task=task, names=names, where="t")
     metrics = check_teacher(labels - 0.5, part(labels, "multilabel"), task=task, names=names, where="t")
     assert metrics == {"f1_micro": 1.0, "f1_macro": 1.0}
 
@@ -153,7 +202,31 @@ def test_a_teacher_of_entities_must_find_one() -> None:
     gold, task, names = tagged([0, 1, 0, -100]), TASKS["token-classification"], ("O", "B-X")
     with pytest.raises(ModelError, match=r"its dev entity_f1 is 0\.000, no better than finding nothing \(0\.000\)"):
         check_teacher(one_hot([0, 0, 1, 1], 2), gold, task=task, names=names, where="t")
-    assert check_teacher(one_hot([0, 1, 1, 1], 2), gold, task=task, names=names, where="t")["entity_f1"] > 0.6
+    more = tagged([0, 1, 0, 1, 0, -100])
+    assert check_teacher(one_hot([0, 1, 1, 1, 0, 1], 2), more, task=task, names=names, where="t")["entity_f1"] > 0.6
+
+
+def test_a_teacher_of_permuted_tags_is_refused_by_its_accuracy() -> None:
+    """One entity found by chance is more than none; the tokens tell."""
+    names, task = ("O", "B-X", "B-Y"), TASKS["token-classification"]
+    labels = [0] * 12 + [1] * 4 + [2] * 4 + [1]
+    answers = [1] * 12 + [2] * 4 + [0] * 4 + [1]
+    with pytest.raises(ModelError) as raised:
+        check_teacher(one_hot(answers, 3), tagged(labels), task=task, names=names, where="t")
+    assert str(raised.value) == (
+        "t: its dev accuracy is 0.048, no better than always naming the most frequent tag (0.571). There is nothing to "
+        "distil. With its outputs read as O -> B-Y, B-X -> O, B-Y -> B-X it reaches 0.952: its id2label is in another order "
+        "than its weights. Correct id2label and label2id in its config.json."
+    )
+
+
+def test_a_teacher_of_exchanged_entities_is_refused_above_the_most_frequent_tag() -> None:
+    names, task = ("O", "B-X", "B-Y"), TASKS["token-classification"]
+    labels, answers = [0] * 80 + [1] * 9 + [2] * 9 + [1, 2, 2], [0] * 80 + [2] * 9 + [1] * 9 + [1, 2, 2]
+    with pytest.raises(
+        ModelError, match=r"its dev accuracy is 0\.822\. With its outputs read as B-X -> B-Y, B-Y -> B-X"
+    ):
+        check_teacher(one_hot(answers, 3), tagged(labels), task=task, names=names, where="t")
 
 
 def test_a_teacher_of_other_tags_must_beat_the_most_frequent_one() -> None:
@@ -204,3 +277,54 @@ def test_outputs_keep_the_rows_order_and_their_raggedness(
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
     metrics = dev_metrics(model, dev, task=data.task, pad_id=0, names=data.labels)
     assert metrics == evaluate_metrics(data.task.metrics, logits=together, part=dev, label_names=data.labels)
+
+
+@pytest.mark.parametrize("above", [5, 1])
+def test_an_evaluation_short_of_memory_runs_fewer_rows_at_once(
+    tiny_task: Task, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], above: int
+) -> None:
+    teacher, folder = tiny_task()
+    data = load_data(str(folder))
+    dev = data.splits["dev"].encode(TextEncoder.load(teacher, max_length=32)).examples
+    model = load_classifier(teacher, labels=data.labels)
+    expected = torch_logits(model, dev, pad_id=0, batch_size=16)
+    tried = limit_rows(model, monkeypatch, above=above)
+    found = torch_logits(model, dev, pad_id=0, batch_size=16)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    halves = {5: [16, 8, 4], 1: [16, 8, 4, 2, 1]}[above]
+    assert tried[: len(halves)] == halves
+    assert max(tried[len(halves) :]) <= above
+    told = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert len(told) == len(halves) - 1
+    assert told[0].startswith("evaluation: out of memory with 16 rows of ")
+    assert told[0].endswith("tokens; going on with 8 at once")
+
+
+def test_an_evaluation_without_memory_for_one_row_says_so(tiny_task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, folder = tiny_task()
+    data = load_data(str(folder))
+    dev = data.splits["dev"].encode(TextEncoder.load(teacher, max_length=32)).examples
+    model = load_classifier(teacher, labels=data.labels)
+    limit_rows(model, monkeypatch, above=0)
+    with pytest.raises(
+        TrainingError, match=r"evaluation: out of memory with one row of \d+ tokens\. Lower data\.max_length"
+    ):
+        torch_logits(model, dev, pad_id=0, batch_size=4)
+    monkeypatch.setattr(model, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        torch_logits(model, dev, pad_id=0)
+
+
+def limit_rows(model: nn.Module, monkeypatch: pytest.MonkeyPatch, *, above: int) -> list[int]:
+    """Let the model fail above so many rows, as torch does on a GPU; return the sizes that were tried."""
+    tried: list[int] = []
+    forward = model.forward
+
+    def limited(**inputs: torch.Tensor) -> Any:
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > above:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", limited)
+    return tried

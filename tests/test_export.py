@@ -261,6 +261,17 @@ def test_other_kinds_of_task(tmp_path: Path, kind: Kind) -> None:
     assert len(found.manifest["quantization"]["operators"]["int8"]) == (12 if kind == "multilabel" else 10)
 
 
+def test_no_answer_is_possible_where_training_or_evaluation_has_such(tmp_path: Path) -> None:
+    student = write_student(tmp_path / "student", kind="question-answering")
+    task = {"name": "mine", "kind": "question-answering", "metrics": ["f1_squad"]}
+    asked = arguments(student, tmp_path / "artifact", task=task, quantization=QuantizeSettings(mode="none"))
+    gold = asked["calibration"].gold
+    without = replace(gold, accepted=((), *gold.accepted[1:]))
+    found = export(**asked | {"calibration": replace(asked["calibration"], gold=without)})
+    assert found.manifest["task"]["no_answer"] is True
+    assert found.calibration().gold.accepted[0] == ()
+
+
 def test_slices_of_another_kind_are_refused(student: Path, tmp_path: Path) -> None:
     asked = arguments(student, tmp_path / "a")
     other = replace(asked["evaluation"], kind="regression")

@@ -84,6 +84,17 @@ def test_a_model_with_the_tasks_head_is_not_fine_tuned_first(made: Callable[[str
         assert needs_finetuning(options_recipe(options), folder) is needed
 
 
+@pytest.mark.parametrize("kind", ["single", "pair", "regression"])
+def test_a_task_says_whether_its_texts_are_pairs(tiny_data: Callable[..., Path], kind: str) -> None:
+    task = "regression" if kind == "regression" else None
+    assert task_facts(load_data(str(tiny_data(kind)), task=task))["pairs"] is (kind == "pair")
+
+
+def test_a_task_of_tags_says_nothing_of_pairs(tmp_path: Path) -> None:
+    folder = str(write_corpus(tmp_path / "data", "token-classification", train=64, dev=4))
+    assert task_facts(load_data(folder, task="token-classification")).keys() == {"name", "kind", "metrics"}
+
+
 def test_a_task_says_how_its_contexts_are_cut(tmp_path: Path) -> None:
     folder = str(write_corpus(tmp_path / "data", "question-answering", train=4, dev=4))
     data = load_data(folder, task="question-answering", doc_stride=5)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import ExportError
 from bertemd_deploy.families import FAMILIES
-from bertemd_deploy.handout import write_tokenizer
+from bertemd_deploy.handout import model_card, write_tokenizer
 
 TEXTS = ["the film was Lovely today!", "we saw a sad song, very dull"]
 FILES = {
@@ -34,6 +34,34 @@ def written(tmp_path: Path, family: str, *, keep: tuple[str, ...] = ()) -> tuple
     write_tokenizer(teacher, artifact, max_length=24)
     (artifact / "config.json").write_text(json.dumps({"model_type": "bert"}))
     return teacher, artifact
+
+
+@pytest.mark.parametrize(
+    ("task", "command"),
+    [
+        ({"kind": "classification"}, 'bertemd predict . "a text to classify"'),
+        ({"kind": "classification", "pairs": False}, 'bertemd predict . "a text to classify"'),
+        ({"kind": "classification", "pairs": True}, "bertemd predict . --pair $'a first text\\ta second text'"),
+        ({"kind": "multilabel", "pairs": True}, "bertemd predict . --pair $'a first text\\ta second text'"),
+        ({"kind": "token-classification"}, 'bertemd predict . "a text with names"'),
+        ({"kind": "question-answering"}, "bertemd predict . --pair $'a question\\tthe text that answers it'"),
+    ],
+)
+def test_the_model_card_says_how_the_model_is_called(task: dict[str, object], command: str) -> None:
+    card = model_card(
+        {
+            "task": {"name": "mine", "metrics": ["accuracy"]} | task,
+            "labels": ["a", "b"],
+            "max_length": 8,
+            "student": {"layers": 2, "hidden": 4, "heads": 1, "parameters": 10},
+            "teacher": None,
+            "metrics": {"student": {"accuracy": 1.0}},
+            "parity": {"graphs": {}},
+        },
+        graphs={},
+    )
+    assert f"```\n{command}\n```\n" in card
+    assert ("split into words at blanks" in card) == (task["kind"] == "token-classification")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -154,3 +154,22 @@ def test_a_checkpoint_of_other_sizes_is_refused_with_both_shapes(tiny_bert: Call
     folder = tiny_bert("small", layers=2, intermediate=24, head=False)
     with pytest.raises(ModelError, match=r"intermediate\.dense\.weight \(\(24, 16\) for \(32, 16\)\)"):
         build_student(teacher, shape=Shape(2, 16, 2, 32), init=str(folder), seed=1, encoder=encoder)
+
+
+def test_a_checkpoint_of_other_heads_is_refused(tiny_bert: Callable[..., Path]) -> None:
+    teacher, encoder = bert_teacher(tiny_bert)
+    folder = tiny_bert("small", layers=2, heads=4, head=False)
+    with pytest.raises(
+        ModelError, match=r"small: its layers have 4 attention heads, the student's 2; .* student\.heads: 4"
+    ):
+        build_student(teacher, shape=Shape(2, 16, 2, 32), init=str(folder), seed=1, encoder=encoder)
+
+
+def test_a_truncated_checkpoint_is_one_message(tiny_bert: Callable[..., Path]) -> None:
+    teacher, encoder = bert_teacher(tiny_bert)
+    weights = tiny_bert("small", layers=2, head=False) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors: not a readable safetensors file .* truncated or damaged"
+    ):
+        build_student(teacher, shape=Shape(2, 16, 2, 32), init=str(weights.parent), seed=1, encoder=encoder)

@@ -15,7 +15,7 @@ import pytest
 from bertemd_deploy import launch
 from bertemd_deploy.console import silenced
 from bertemd_deploy.errors import RecipeError
-from bertemd_deploy.launch import launch_processes, read_option
+from bertemd_deploy.launch import launch_processes, read_option, stands_for_several
 
 ACCELERATE = ["python", "/bin/accelerate", "launch"]
 ARGUMENTS = ["distill", "recipe.yaml", "--out", "a folder"]
@@ -92,6 +92,7 @@ def test_all_else_is_left_as_it_is(
     assert became == []
     assert capsys.readouterr().err == ""
     assert not silenced()
+    assert stands_for_several() is (environment == ALONE)
 
 
 @pytest.mark.parametrize(

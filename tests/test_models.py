@@ -14,7 +14,15 @@ from tiny_family import CASES, write_family
 
 from bertemd_deploy.errors import ArtifactError, ModelError
 from bertemd_deploy.families import FAMILIES
-from bertemd_deploy.models import auto_class, load_classifier, output_logits, reorder_outputs, save_model, set_labels
+from bertemd_deploy.models import (
+    auto_class,
+    first_lines,
+    load_classifier,
+    output_logits,
+    reorder_outputs,
+    save_model,
+    set_labels,
+)
 from bertemd_deploy.tasks import Kind
 
 LABELS = ("no", "yes")
@@ -132,6 +140,11 @@ def test_a_config_that_builds_no_model_is_one_message(tiny_bert: Callable[..., P
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 15}))
     with pytest.raises(ModelError, match=r"could not be loaded \(.+\)\.$"):
         load_classifier(folder, labels=LABELS)
+
+
+def test_three_lines_of_a_library_s_message_are_kept() -> None:
+    assert first_lines(ValueError("a fault:\n\n  found 3\n  allowed 2\nmore")) == "a fault: found 3 allowed 2"
+    assert first_lines(KeyError()) == "KeyError()"
 
 
 def test_set_labels_marks_regression(tiny_bert: Callable[..., Path]) -> None:

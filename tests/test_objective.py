@@ -174,3 +174,22 @@ def test_a_process_without_rows_takes_part_with_nothing(mapping: str) -> None:
     assert len(sums) == (mapping == "emd")
     assert all(not value.any() for value in sums)
     assert bool(outcome.log()) is (mapping != "none")
+
+
+class Refusing:
+    """A cache that was refused: stands for one whose decision fell at an earlier step."""
+
+    refused = True
+
+    def __call__(self, rows: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise AssertionError("a refused cache is not asked")
+
+
+def test_a_refused_cache_is_put_aside() -> None:
+    objective, plain = build(), build()
+    batch = cut(data_of("classification"), None)
+    expected, _ = one_step(plain, batch)
+    objective.cache = Refusing()
+    found, _ = one_step(objective, batch)
+    assert objective.cache is None
+    assert found.loss == expected.loss

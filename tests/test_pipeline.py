@@ -13,8 +13,8 @@ import pytest
 
 from bertemd_deploy import pipeline
 from bertemd_deploy.config import Recipe, build_recipe
-from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, TrainingError
-from bertemd_deploy.files import sha256_file
+from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, TrainingError, UnfinishedError
+from bertemd_deploy.files import sha256_file, sha256_json
 
 Task = Callable[..., tuple[Path, Path]]
 Record = dict[str, Any]
@@ -172,6 +172,51 @@ def test_a_failed_stage_is_recorded_and_goes_on_where_it_failed(
     assert len(hashes) == 1
 
 
+def test_a_run_of_an_earlier_version_goes_on_and_one_of_other_inputs_says_what_it_discards(
+    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, data = tiny_task()
+    out = tmp_path / "run"
+
+    def stopped(**changes: Any) -> None:
+        settings = recipe(teacher, data, distill={"checkpoint_seconds": 0} | changes)
+        with pytest.raises(UnfinishedError):
+            pipeline.run(settings, out=out, stop_after="distill", max_minutes=0.0)
+
+    stopped()
+    content = json.loads((out / "state.json").read_text())
+    entry = content["stages"]["distill"]
+    earlier = {key: value for key, value in entry.pop("given").items() if key != "model_files"}
+    entry["inputs"] = sha256_json(earlier)
+    (out / "state.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    stopped(micro_batch_size=4, teacher_cache_bytes=10**9)
+    said = capsys.readouterr().err
+    assert "distill: continuing after step 1" in said
+    assert "discarded" not in said
+    stopped(learning_rate=1e-4)
+    told = "distill: its inputs have changed (distill.learning_rate); its checkpoint is discarded and it starts over"
+    assert told in capsys.readouterr().err
+    assert [path.name for path in (out / "checkpoints" / "distill").glob("step-*")] == ["step-00000001.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2", "RANK": "0"},
+        {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"},
+    ],
+)
+def test_run_is_for_one_process(
+    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=r"run: its stages measure and export, which is for one process"):
+        pipeline.run(recipe(*tiny_task()), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_checkpoint_is_left_behind_with_force(
     tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +300,17 @@ def test_stand_alone_keeps_what_a_person_put_there(tmp_path: Path) -> None:
     assert (out / "notes" / "one.txt").read_text() == "mine"
     assert (out / "two.txt").read_text() == "mine too"
     assert (out / "model.safetensors").read_text() == "weights 1"
+
+
+def test_stand_alone_leaves_no_files_of_another_stage_behind(tmp_path: Path) -> None:
+    out, train = tmp_path / "out", Trainer()
+    out.mkdir()
+    stale = ("bertemd_student.json", "eval.npz", "distill.jsonl", "vocab.txt", "tokenizer.json", "stage.json")
+    for name in (*stale, "notes.txt"):
+        (out / name).write_text("{}")
+    pipeline.stand_alone("finetune", out, inputs={}, force=True, train=train)
+    kept = sorted(path.name for path in out.iterdir())
+    assert kept == ["finetune.jsonl", "model.safetensors", "notes.txt", "stage.json"]
 
 
 @pytest.mark.parametrize("force", [False, True])

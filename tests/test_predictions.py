@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertemd_deploy.predictions import any_of, as_text, softmax, words_of
+from bertemd_deploy.encoding import TextEncoder
+from bertemd_deploy.predictions import any_of, as_text, joined, softmax, words_of
 
 
 @pytest.mark.parametrize(
@@ -12,17 +13,38 @@ from bertemd_deploy.predictions import any_of, as_text, softmax, words_of
         ("", []),
         (" \t\n", []),
         ("EU rejects.", ["EU", "rejects", "."]),
-        ("it's $5 (a_b)", ["it", "'", "s", "$", "5", "(", "a", "_", "b", ")"]),
-        ("naïve naïve — «ja»", ["naïve", "naïve", "—", "«", "ja", "»"]),
-        ("हिन्दी।", ["हिन्दी", "।"]),
+        (
+            "U.S. \u2014 (O'Neil) 3.5, e.g., Berlin...",
+            ["U.S.", "—", "(", "O'Neil", ")", "3.5", ",", "e.g.", ",", "Berlin", ".", ".", "."],
+        ),
+        ('I came from Berlin. "Yes."', ["I", "came", "from", "Berlin", ".", '"', "Yes", ".", '"']),
+        ("Ada's $5 bad-film 's A.", ["Ada", "'s", "$", "5", "bad-film", "'", "s", "A", "."]),
+        ("na\u00efve nai\u0308ve \u00abja\u00bb", ["na\u00efve", "nai\u0308ve", "\u00ab", "ja", "\u00bb"]),
+        ("\u0939\u093f\u0928\u094d\u0926\u0940\u0964", ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u0964"]),
+        ("\u6211\u5728\u5317\u4eacIBM3.5\u3002", ["\u6211", "\u5728", "\u5317", "\u4eac", "IBM3.5", "\u3002"]),
+        ("\u845b\U000e0100\u57ce", ["\u845b\U000e0100", "\u57ce"]),
     ],
 )
-def test_words_are_split_as_bert_splits_them(text, words):
+def test_words_are_split_as_data_of_tags_has_them(text, words):
     places = words_of(text)
     assert [text[start:end] for start, end in places] == words
-    from tokenizers.pre_tokenizers import BertPreTokenizer
+    assert [place for place in places if place[0] < place[1]] == sorted(set(places))
 
-    assert places == [place for _, place in BertPreTokenizer().pre_tokenize_str(text)]
+
+@pytest.mark.parametrize("text", ["\u6211\u5728\u5317\u4eac\u3002", "U.S. O'Neil 3.5", "Berlin.", "good.fine, bad"])
+def test_a_text_has_the_tokens_of_its_words(tiny_tokenizer, tmp_path, text):
+    """So the model sees what it saw in training, where the data brought the words."""
+    tiny_tokenizer(tmp_path)
+    encoder = TextEncoder.load(tmp_path, max_length=32)
+    split, first = encoder.encode_words([[text[start:end] for start, end in words_of(text)]])
+    assert split.tokens.tolist() == encoder.encode([text]).tokens.tolist()
+    assert first[first >= 0].tolist() == list(range(len(words_of(text))))
+
+
+def test_words_are_joined_by_blanks():
+    text, places = joined(["U.S.", "", "a b"])
+    assert (text, places) == ("U.S.  a b", [(0, 4), (5, 5), (6, 9)])
+    assert joined([]) == ("", [])
 
 
 def test_probabilities_of_huge_logits_are_finite():

@@ -11,6 +11,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 LOSSES = {"prediction", "attention", "hidden", "embedding"}
+ROOT = Path(__file__).resolve().parents[1]
 Task = Callable[..., tuple[Path, Path]]
 
 
@@ -191,7 +194,9 @@ def test_told_to_stop_all_stop_after_the_same_step(task: tuple[Path, Path], tmp_
     settings = {"mapping": "uniform", "checkpoint_seconds": 3600}
     first, second = start(tmp_path / "1", command(*task, cut, **settings), size=2, hurt=(1, 3, number))
     assert (first.code, second.code) == (130, 130)
-    assert first.said.endswith("interrupted; what is finished is kept, the same command continues\n")
+    assert first.said.endswith(
+        "interrupted; what is finished is kept, the same command (without --force or --from) continues\n"
+    )
     assert second.said == ""
     assert [path.name for path in (cut / "checkpoints").glob("step-*")] == ["step-00000003.safetensors"]
 
@@ -201,8 +206,8 @@ def test_time_that_is_over_is_said_once(task: tuple[Path, Path], tmp_path: Path)
     first, second = start(tmp_path / "1", arguments, size=2)
     assert (first.code, second.code) == (3, 3)
     assert first.said.endswith(
-        "error: distill: stopped after 0 minutes, as --max-minutes says, at step 1 of 8. The same command continues from "
-        "here.\n"
+        "error: distill: stopped after 0 minutes, as --max-minutes says, at step 1 of 8. The same command (without "
+        "--force or --from) continues from here.\n"
     )
     assert second.said == ""
 
@@ -227,6 +232,30 @@ def test_alone_nothing_is_exchanged() -> None:
     alone.wait()
     assert not torch.distributed.is_initialized()
     assert not Processes(1, 2).main
+
+
+def test_no_thread_of_the_exchange_outlives_it() -> None:
+    """One that does may abort a process that has done its work, once in a while, as it ends."""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("the system does not list threads")
+    code = """
+import os, socket
+import torch, torch.distributed as dist
+from bertemd_deploy import processes
+with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    port = found.getsockname()[1]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+dist.all_reduce(torch.zeros(1))
+from transformers import BertForSequenceClassification
+import bertemd_deploy.distill
+threads = lambda: {open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")}
+print(any("gloo" in name for name in threads()))
+processes._leave()
+print(any("gloo" in name for name in threads()))
+"""
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.stdout.split() == ["True", "False"], answer.stderr
 
 
 @pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("0", "0"), ("0", "two"), ("-1", "2")])

@@ -41,12 +41,23 @@ def test_conll_with_tabs_may_have_blanks_in_tokens(tmp_path: Path) -> None:
     assert conll(tmp_path, "New York\tB-LOC\n \nof\tO")[0][1] == {"tokens": ["New York"], "tags": ["B-LOC"]}
 
 
+def test_a_token_may_be_a_number_sign(tmp_path: Path) -> None:
+    assert conll(tmp_path, "# O\na O\n")[0][1] == {"tokens": ["#", "a"], "tags": ["O", "O"]}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a O\nb\n", r"train\.conll line 2: needs a token and its tag, found 'b'\. A blank line stands between"),
         ("a\t\n", r"line 1: needs a token and its tag, found 'a'"),
         ("\n\n", r"train\.conll: the file is empty\. Each line is a token and its tag, such as: Paris B-LOC"),
+        (
+            "# sent_id = 1\na O\n",
+            r"line 1: '# sent_id = 1' looks like a comment, which would be read as a token.*grep -v",
+        ),
+        ("# some words here\na O\n", r"line 1: '# some words here' looks like a comment"),
+        ("# text = a\n1\ta\ta\tDET\tDT\t_\t2\tdet\t_\t_\n", r"line 2: this is CoNLL-U \(10 columns.*cut -f 2,4"),
+        ("a O\rb O\r", r"train\.conll: its lines end in a carriage return alone"),
         (b"a O\n\xff O\n", r"train\.conll line 2: not UTF-8 \(byte 0xff\)"),
     ],
 )

@@ -186,6 +186,47 @@ def test_a_flipped_byte_of_a_complete_store_is_an_error(tmp_path: Path, row: int
     assert "--force" in message
 
 
+@pytest.mark.parametrize("read_before", [False, True])
+@pytest.mark.parametrize("rows", [ALL, ALL[:2]])
+def test_a_byte_flipped_under_an_open_store_is_an_error(tmp_path: Path, rows: np.ndarray, read_before: bool):
+    """Whether the store is complete or not: this process wrote the row, so nothing was torn."""
+    store = create(tmp_path / "s")
+    store.store(rows, batch(rows, 7))
+    if read_before:
+        assert store.load(rows, width=7)[1].all()
+    flip(tmp_path / "s" / DATA, 20)
+    with pytest.raises(TrainingError, match="row 0 is not what was written"):
+        store.load(rows, width=7)
+
+
+def test_a_row_once_read_whole_is_not_torn_later(tmp_path: Path):
+    store = create(tmp_path / "s")
+    store.store(ALL[:2], batch(ALL[:2], 7))
+    store.close()
+    store = opened(tmp_path / "s")
+    assert store.load(ALL[:2], width=7)[1].all()
+    flip(tmp_path / "s" / DATA, 20)
+    with pytest.raises(TrainingError, match="row 0 is not what was written"):
+        store.load(ALL[:2], width=7)
+
+
+@pytest.mark.parametrize("moment", ["header", "rows"])
+def test_a_store_removed_while_it_is_opened_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str):
+    """Another process discards it after this one has seen the header."""
+    filled(tmp_path / "s")
+    read = row_store.read_json
+
+    def read_late(path: Path, *, what: str) -> dict[str, Any]:
+        if moment == "header":
+            remove_store(tmp_path / "s")
+        found = read(path, what=what)
+        remove_store(tmp_path / "s")
+        return found
+
+    monkeypatch.setattr(row_store, "read_json", read_late)
+    assert RowStore.open(tmp_path / "s", key="k", lengths=LENGTHS, at_most=10**6) is None
+
+
 @pytest.mark.parametrize("name", [DATA, CHECKSUMS])
 def test_a_truncated_file_is_an_error(tmp_path: Path, name: str):
     filled(tmp_path / "s")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from corpora import write_corpus
 
+from bertemd_deploy.answers import best_answers
 from bertemd_deploy.data import calibration_rows, load_data
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import DataError
@@ -93,6 +94,8 @@ def test_labels_may_be_numbers_where_the_data_names_them(tmp_path: Path):
         (7, r"line 1: the labels should be a list of names \(or text with names parted by \| or ,\), found 7"),
         (None, r"line 1: nothing in column 'labels'"),
         ([""], r"line 1: a label should be a name, found ''"),
+        ('["a", "b"]', r"line 1: the labels are text that looks like a list, str .* lists belong into a jsonl file"),
+        ({"a": 1}, r"line 1: the labels should be a list of names .* found \{'a': 1\}"),
         ([True], r"line 1: a label should be a name, found True"),
         ([], r"no train row has a label; there is nothing to learn\. Fill the column 'labels'"),
     ],
@@ -102,10 +105,29 @@ def test_labels_that_are_none(tmp_path: Path, labels: Any, message: str):
         load_data(write(tmp_path / "data", {"sentence": "x", "labels": labels}), task="multilabel")
 
 
+@pytest.mark.parametrize("written", [["2", "0"], "2|0", "2, a", [2.0, 0]])
+def test_numbers_as_text_get_the_names_of_labels_txt(tmp_path: Path, written: Any):
+    folder = write(tmp_path / "data", {"sentence": "x", "labels": written}, {"sentence": "y", "labels": "b"})
+    (tmp_path / "data" / "labels.txt").write_text("a\nb\nc\n")
+    assert load_data(folder, task="multilabel").splits["train"].labels.tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("written", [[0, 1, 0], [1.0, 0.0, 0.0], "0|1|1"])
+def test_a_mark_for_each_label_is_refused(tmp_path: Path, written: Any):
+    folder = write(tmp_path / "data", {"sentence": "x", "labels": written})
+    (tmp_path / "data" / "labels.txt").write_text("a\nb\nc\n")
+    message = (
+        r"line 1: the labels \[.*\] may be numbers of labels, or a 0 or 1 for each of the 3 .* such as \[\"c\"\]\."
+    )
+    with pytest.raises(DataError, match=message):
+        load_data(folder, task="multilabel")
+
+
 def test_a_dev_label_that_train_lacks(tmp_path: Path):
     folder = write(tmp_path / "data", {"sentence": "x", "labels": ["a"]}, dev=[{"sentence": "x", "labels": "a|c"}])
     with pytest.raises(
-        DataError, match=r"dev\.jsonl line 1: unknown label 'c'; known from the train split or the task: a\."
+        DataError,
+        match=r"dev\.jsonl line 1: unknown label 'c'; known from the train split or the task: a\. Correct the row, or list all",
     ):
         load_data(folder, task="multilabel")
 
@@ -166,6 +188,9 @@ def test_tag_numbers_have_the_names_of_labels_txt(tmp_path: Path):
         ({"tokens": []}, r"line 1: the tokens should be a list with at least one item, found \[\]"),
         ({"tokens": ["a", 1, "b"]}, r"line 1: each token should be text, found \['a', 1, 'b'\]"),
         ({"tags": ["O", "O", "NN"]}, r"line 1: 'NN' is no tag of an entity; .* set data\.task: tagging"),
+        ({"tags": ["O", "O", "L-X"]}, r"line 1: 'L-X' is no tag of an entity; .* Write IOB2, .* L- is I- there"),
+        ({"tags": ["O", "O", "B_X"]}, r"line 1: 'B_X' is no tag of an entity; .* with a hyphen and a capital"),
+        ({"tokens": ["a", "b", "\ud800"]}, r"line 1: half a character \(the lone surrogate U\+D800\)"),
         ({"tags": ["O", "O", "O"]}, r"every train row has the label 'O'; a classifier needs at least two classes"),
         ({"tags": None}, r"line 1: nothing in column 'tags'"),
     ],
@@ -188,6 +213,19 @@ def test_tags_that_mark_no_entities_are_a_task_of_their_own(tmp_path: Path):
 
 
 # ---- questions
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": ["film"]}, r"line 1: the question should be text, found list \['film'\]"),
+        ({"context": {"text": "a"}}, r"line 1: the context should be text, found dict"),
+        ({"id": "\ud800"}, r"line 1: half a character"),
+    ],
+)
+def test_questions_that_are_no_text(tmp_path: Path, change: dict[str, Any], message: str):
+    with pytest.raises(DataError, match=message):
+        load_data(write(tmp_path / "data", ASKED | change), task="question-answering")
 
 
 def questions(folder: str, **options: Any) -> QuestionSplit:
@@ -237,6 +275,20 @@ def test_a_question_without_an_answer(tmp_path: Path, model: Path):
     assert part.labels.tolist() == [[0, 0]]
     assert part.gold is not None
     assert part.gold.unanswerable
+
+
+@pytest.mark.parametrize("of", ["train", "dev", "neither"])
+def test_no_answer_is_possible_in_all_splits_if_one_has_such(tmp_path: Path, model: Path, of: str):
+    without = ASKED | {"answers": {"text": [], "answer_start": []}}
+    folder = write(tmp_path / "data", without if of == "train" else ASKED, dev=[without if of == "dev" else ASKED])
+    for split in load_data(folder, task="question-answering").splits.values():
+        part = split.select([0]).encode(TextEncoder.load(model, max_length=32))
+        assert part.gold is not None
+        assert part.gold.unanswerable is (of != "neither")
+        logits = np.zeros((len(part.examples.tokens), 2))
+        logits[0] = 1  # "no answer" is the likeliest
+        answers = best_answers(logits, offsets=part.examples.offsets, gold=part.gold)
+        assert (answers[0].text == "") is (of != "neither")
 
 
 def test_squad_json_and_other_column_names_give_the_same(tmp_path: Path):

@@ -43,7 +43,11 @@ class Teacher:
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         self.rows += len(inputs["input_ids"])
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
-            return {"logits": self.model(**inputs).logits} if self.read is None else vars(self.read(inputs))
+            if self.read is None:
+                return {"logits": self.model(**inputs).logits}
+            found = self.read(inputs)
+        layers = {name: torch.stack(list(getattr(found, name))) for name in ("hidden_states", "queries", "keys")}
+        return {"logits": found.logits, "embedding": found.embeddings[0], **layers}
 
 
 @pytest.fixture
@@ -132,7 +136,8 @@ def test_later_epochs_are_read(tmp_path: Path, model: Any, notes: list[str], lay
 
 
 def test_everything_the_objective_reads_is_kept(model: Any):
-    assert list(teacher_cache._LAYERED) == [field.name for field in dataclasses.fields(LayerOutputs)]
+    read = [field.name.replace("embeddings", "embedding") for field in dataclasses.fields(LayerOutputs)]
+    assert sorted(teacher_cache._LAYERED) == sorted(read)
     outputs = Teacher(model)(inputs_of(np.arange(3)))
     tokens = {part.name for part in parts_of(outputs) if part.tokens}
     assert tokens == {"embedding", "hidden_states", "queries", "keys"}
@@ -273,6 +278,30 @@ def test_other_processes_follow_the_leader(tmp_path: Path, model: Any, notes: li
     assert (tmp_path / "c" / HEADER).exists()
     leader.close(remove=True)
     assert not (tmp_path / "c").exists()
+
+
+def test_other_processes_learn_that_there_is_no_cache(tmp_path: Path, model: Any, roomy: dict[str, int]):
+    roomy["read"] = 1
+    refusal = tmp_path / "c-refused.txt"
+    refusal.write_text("of an earlier run\n")
+    leader = cached(Teacher(model), tmp_path / "c", processes=2)
+    teacher = Teacher(model)
+    other = cached(teacher, tmp_path / "c", processes=2, leader=False)
+    rows = np.arange(BATCH)
+    other(rows, inputs_of(rows))
+    assert not other.refused  # nothing is decided yet
+    assert not leader.refused
+    for chosen in batches(0):
+        leader(chosen, inputs_of(chosen))
+    assert leader.refused
+    assert refusal.read_text().startswith("not used: it would cost")
+    other(rows, inputs_of(rows))
+    assert other.refused
+    assert teacher.rows == 2 * BATCH
+    other.close(remove=True)
+    assert refusal.exists()
+    leader.close(remove=True)
+    assert list(tmp_path.glob("c*")) == []
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "token_type_ids"])

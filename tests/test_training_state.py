@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from bertemd_deploy.errors import TrainingError, UnfinishedError
 from bertemd_deploy.processes import Processes
 from bertemd_deploy.training import Outcome, _Run
-from bertemd_deploy.training_state import NoState, Progress, resume, save_checkpoint, trim_log
+from bertemd_deploy.training_state import (
+    NoState,
+    Progress,
+    best_path,
+    load_best,
+    resume,
+    save_best,
+    save_checkpoint,
+    trim_log,
+)
 
 OUT_OF_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 
@@ -31,7 +40,7 @@ def test_time_that_is_over_stops_after_each_step_and_the_same_call_goes_on(tmp_p
             Run(tmp_path / "cut", max_minutes=0.0, checkpoint_seconds=3600).fit()
         assert str(raised.value) == (
             f"test: stopped after 0 minutes, as --max-minutes says, at step {step} of 15. "
-            "The same command continues from here."
+            "The same command (without --force or --from) continues from here."
         )
         assert raised.value.exit_code == 3
         saved = [path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*")]
@@ -91,8 +100,8 @@ def test_out_of_memory_names_a_size_that_fits(
     assert int(start[1]) <= longest
     assert start[2] == f"{OUT_OF_MEMORY} to allocate 3 bytes."[:120]
     assert start[3] == (
-        f"Parts of {fits} were tried and fit: set distill.micro_batch_size to {fits} for the same result (in "
-        "fine-tuning, teacher.batch_size). The same command then continues."
+        f"Parts of {fits} were tried and fit: set distill.micro_batch_size (in fine-tuning teacher.micro_batch_size) to "
+        f"{fits} for the same result up to rounding and dropout's draws. The command then continues."
     )
     assert tried[-1] <= fits < tried[0]
     assert Run(tmp_path, batch_size=9, micro_batch_size=fits).fit().step == 6  # and it is true
@@ -119,9 +128,42 @@ def test_out_of_memory_in_the_middle_keeps_the_checkpoint(tmp_path: Path, monkey
 def test_of_several_processes_none_tries_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bertemd_deploy.training.Processes", lambda: Pretended(0, 2))
     tried = short_of_memory(monkeypatch, above=0)
-    with pytest.raises(TrainingError, match=r"Set distill\.micro_batch_size \(or teacher\.batch_size\) to 1\.$"):
+    with pytest.raises(
+        TrainingError, match=r"Set distill\.micro_batch_size \(in .* teacher\.micro_batch_size\) to 1\.$"
+    ):
         Run(tmp_path).fit()
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize("place", ["sum", "clip", "update"])
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_out_of_memory_in_the_update_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, logging_steps: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"{OUT_OF_MEMORY} to allocate 9 bytes.\nmore")
+
+    target = {
+        "sum": "bertemd_deploy.training._Run._sum_gradients",
+        "clip": "torch.nn.utils.clip_grad_norm_",
+        "update": "torch.optim.AdamW.step",
+    }[place]
+    monkeypatch.setattr(target, fail)
+    with pytest.raises(TrainingError) as raised:
+        Run(tmp_path, logging_steps=logging_steps).fit()
+    text = str(raised.value)
+    assert text.startswith(f"step 1: out of memory in the update of the weights ({OUT_OF_MEMORY}")
+    assert "needs the same whatever the batch size. Use a smaller model, fewer processes, or" in text
+    assert raised.value.exit_code == 3
+
+
+def test_another_error_in_the_update_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        Run(tmp_path).fit()
 
 
 class Pretended(Processes):
@@ -207,6 +249,54 @@ def test_a_checkpoint_holds_everything_and_replaces_the_one_before(tmp_path: Pat
     assert fresh.total.item() == 4
     for value, twin in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(optimizer.state[value], rested.state[twin], rtol=0, atol=0)
+
+
+def test_a_kill_between_the_best_weights_and_their_checkpoint_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third epoch looks best, its weights are written, and the process dies; done again, it does not look so."""
+    whole = Run(tmp_path / "whole")
+    whole.fit(scores=iter([0.1, 0.5, 0.4]))
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+
+        def save_or_die(folder: Path, *given: Any) -> None:
+            if len(given[-1].epochs) == 3:
+                raise StoppedError
+            save_checkpoint(folder, *given)
+
+        patch.setattr("bertemd_deploy.training.save_checkpoint", save_or_die)
+        with pytest.raises(StoppedError):
+            Run(cut, checkpoint_seconds=3600).fit(scores=iter([0.1, 0.5, 0.9]))
+    assert names(cut / "checkpoints") == ["best-2.safetensors", "best-3.safetensors", "step-00000010.safetensors"]
+    resumed = Run(cut)
+    assert resumed.fit(scores=iter([0.4])).best_epoch == 2
+    assert same_weights(whole.model, resumed.model)
+    assert names(cut / "checkpoints") == ["best-2.safetensors", "step-00000015.safetensors"]
+
+
+def test_best_weights_of_an_earlier_version_are_taken_until_there_are_better_ones(tmp_path: Path) -> None:
+    whole, old = Run(tmp_path / "whole"), tmp_path / "old"
+    whole.fit(scores=iter([0.1, 0.5, 0.4]))
+    with pytest.raises(StoppedError):
+        Run(old, checkpoint_seconds=0).fit(scores=iter([0.1, 0.5]), stop_at=11)
+    (old / "checkpoints" / "best-2.safetensors").rename(old / "checkpoints" / "best.safetensors")
+    resumed = Run(old)
+    resumed.fit(scores=iter([0.4]))
+    assert names(old / "checkpoints") == ["best.safetensors", "step-00000015.safetensors"]
+    assert same_weights(whole.model, resumed.model)
+    model, optimizer = trained_once()
+    save_best(old / "checkpoints", model, epoch=3)
+    save_checkpoint(old / "checkpoints", model, optimizer, NoState(), Progress(20, [{}] * 3, 3))
+    assert names(old / "checkpoints") == ["best-3.safetensors", "step-00000020.safetensors"]
+    other = nn.Linear(3, 2)
+    load_best(old / "checkpoints", other, epoch=3)
+    assert same_weights(model, other)
+    assert best_path(old, 12) == old / "best-12.safetensors"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_an_empty_folder_starts_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

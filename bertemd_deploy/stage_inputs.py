@@ -1,0 +1,121 @@
+"""What the result of a training stage depends on, as hashes and settings: the same inputs, the same model.
+
+A stage is skipped or continued where the inputs recorded with it are those of now. What only says how fast, how often to save
+or how much memory to take is left out. Runs outlive versions: a setting that is added later stays out of the inputs while it
+does nothing, and hashes that are added later are not asked of a run that was begun without them (`is_same`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bertemd_deploy.checkpoints import WEIGHTS, find_model
+from bertemd_deploy.config import DistillSettings, Precision, Recipe, StudentSettings, TeacherSettings
+from bertemd_deploy.files import sha256_file, sha256_json
+
+_MEMORY = ("micro_batch_size", "teacher_cache_bytes")  # the same result up to rounding and dropout's draws
+_AUGMENTATION = ("augmentation", "augmentation_copies", "augmentation_rate")
+_LATER = ("model_files", "initial_weights")  # inputs that earlier versions did not record
+
+
+def finetune_inputs(recipe: Recipe, folder: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything a fine-tuned teacher depends on; how often to save and what fits memory are not part of it.
+
+    Args:
+        recipe: its section teacher is used.
+        folder: of the pretrained encoder.
+        shared: hash of the data, longest input.
+    """
+    precision = _resolved(recipe.teacher.precision)
+    settings = replace(recipe.teacher, precision=precision, checkpoint_seconds=TeacherSettings().checkpoint_seconds)
+    return dict(shared) | {
+        "weights": sha256_file(folder / WEIGHTS),
+        "model_files": _model_files(folder),
+        "teacher": _without(asdict(settings), _MEMORY),
+    }
+
+
+def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything a student depends on; how often to log or save and what fits memory or disk are not part of it.
+
+    Args:
+        recipe: its sections student and distill are used, and teacher.model where its masked-LM head augments.
+        teacher: its folder.
+        shared: hash of the data, longest input.
+
+    Raises:
+        ModelError: a checkpoint that the student starts from is not found.
+    """
+    plain = DistillSettings()
+    settings = replace(
+        recipe.distill,
+        precision=_resolved(recipe.distill.precision),
+        logging_steps=plain.logging_steps,
+        checkpoint_seconds=plain.checkpoint_seconds,
+    )
+    unused = _MEMORY + (_AUGMENTATION if settings.augmentation == "none" else ())
+    inputs = dict(shared) | {
+        "teacher": sha256_file(teacher / WEIGHTS),
+        "model_files": _model_files(teacher),
+        "student": asdict(recipe.student),
+        "distill": _without(asdict(settings), unused),
+    }
+    if (start := _start(recipe.student)) is not None:
+        inputs["initial_weights"] = {WEIGHTS: sha256_file(start / WEIGHTS)} | _model_files(start)
+    if (model := language_model(recipe)) is not None:
+        inputs["language_model"] = sha256_file(model / WEIGHTS)
+    return inputs
+
+
+def language_model(recipe: Recipe) -> Path | None:
+    """Return the checkpoint whose masked-LM head augments: the recipe's, which may be the encoder before fine-tuning."""
+    return find_model(recipe.teacher.model) if recipe.distill.augmentation == "mlm" else None
+
+
+def is_same(recorded: Any, inputs: Mapping[str, Any]) -> bool:
+    """Say whether a recorded hash is that of `inputs`, in today's form or in that of earlier versions."""
+    return recorded in (sha256_json(dict(inputs)), sha256_json(_without(inputs, _LATER)))
+
+
+def changed_inputs(before: Any, after: Mapping[str, Any], prefix: str = "") -> str:
+    """Name the inputs that differ."""
+    if not isinstance(before, dict):
+        return prefix or "unknown"
+    names = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if old == new or (key in _LATER and key not in before):
+            continue
+        nested = isinstance(new, dict) and isinstance(old, dict)
+        names.append(changed_inputs(old, dict(new or {}), f"{prefix}{key}.") if nested else f"{prefix}{key}")
+    return ", ".join(names)
+
+
+def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}
+
+
+def _model_files(folder: Path) -> dict[str, str]:
+    """Return the hashes of what a model folder says beside its weights: labels, dropout, activations; the tokenizer."""
+    names = ("config.json", "tokenizer.json")
+    return {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
+
+
+def _start(settings: StudentSettings) -> Path | None:
+    """Return the folder of the checkpoint that the student starts from; None where it starts from none."""
+    from bertemd_deploy.students import STUDENTS
+
+    start = settings.init
+    if start == "auto":
+        start = STUDENTS[settings.name].start if settings.name in STUDENTS else "teacher"
+    return None if start in ("teacher", "random") else find_model(start)
+
+
+def _resolved(precision: Precision) -> Precision:
+    """Return what "auto" is on this machine: another precision gives another model."""
+    from bertemd_deploy.devices import trains_in_bfloat16
+
+    return "bfloat16" if trains_in_bfloat16(precision) else "float32"

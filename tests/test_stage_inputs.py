@@ -1,0 +1,150 @@
+"""What a stage's result depends on: what changes it is in, what does not is out, and runs of earlier versions stay the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bertemd_deploy.checkpoints import WEIGHTS
+from bertemd_deploy.config import Recipe, build_recipe
+from bertemd_deploy.errors import ModelError
+from bertemd_deploy.files import sha256_file, sha256_json
+from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, finetune_inputs, is_same
+
+SHARED = {"data": "abc", "max_length": 32}
+SIZES = {"layers": 2, "hidden": 16, "heads": 2, "intermediate": 32}
+# The settings that the first version had, and so hashed.
+FIRST_DISTILL = re.findall(
+    r"\w+",
+    """
+    mapping epochs batch_size learning_rate warmup_ratio weight_decay max_grad_norm beta theta alpha temperature reduction
+    cost_attention emd_temperature separate_marginals hidden_projection seed precision logging_steps checkpoint_seconds
+    """,
+)
+FIRST_TEACHER = re.findall(
+    r"\w+",
+    """
+    model sha256 finetune epochs batch_size learning_rate warmup_ratio weight_decay seed precision checkpoint_seconds
+    """,
+)
+FIRST_STUDENT = ("name", "layers", "hidden", "heads", "intermediate", "init")
+
+
+def recipe(model: Path, **changes: dict[str, Any]) -> Recipe:
+    content: dict[str, dict[str, Any]] = {
+        "teacher": {"model": str(model), "precision": "float32"},
+        "data": {"path": "demo"},
+        "student": SIZES,
+        "distill": {"precision": "float32"},
+    }
+    for section, body in changes.items():
+        content[section] = content[section] | body
+    return build_recipe(content, where="test")
+
+
+@pytest.fixture
+def teacher(tiny_bert: Callable[..., Path]) -> Path:
+    return tiny_bert("teacher")
+
+
+def test_the_inputs_of_earlier_versions_are_recognised(teacher: Path) -> None:
+    settings = recipe(teacher)
+    distil = asdict(settings.distill)
+    first = SHARED | {
+        "teacher": sha256_file(teacher / WEIGHTS),
+        "student": {name: asdict(settings.student)[name] for name in FIRST_STUDENT},
+        "distill": {name: distil[name] for name in FIRST_DISTILL},
+    }
+    assert is_same(sha256_json(first), distill_inputs(settings, teacher, SHARED))
+    assert not is_same(sha256_json(first | {"data": "abd"}), distill_inputs(settings, teacher, SHARED))
+    tuned = SHARED | {
+        "weights": sha256_file(teacher / WEIGHTS),
+        "teacher": {name: asdict(settings.teacher)[name] for name in FIRST_TEACHER},
+    }
+    assert is_same(sha256_json(tuned), finetune_inputs(settings, teacher, SHARED))
+    assert not is_same(None, finetune_inputs(settings, teacher, SHARED))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 4},
+        {"teacher_cache_bytes": 10**9},
+        {"logging_steps": 3},
+        {"checkpoint_seconds": 1},
+        {"augmentation_copies": 3, "augmentation_rate": 0.5},  # of an augmentation that is off
+    ],
+)
+def test_what_changes_no_student_is_no_input(teacher: Path, changes: dict[str, Any]) -> None:
+    plain = distill_inputs(recipe(teacher), teacher, SHARED)
+    assert distill_inputs(recipe(teacher, distill=changes), teacher, SHARED) == plain
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 4}, {"checkpoint_seconds": 1}])
+def test_what_changes_no_teacher_is_no_input(teacher: Path, changes: dict[str, Any]) -> None:
+    plain = finetune_inputs(recipe(teacher), teacher, SHARED)
+    assert finetune_inputs(recipe(teacher, teacher=changes), teacher, SHARED) == plain
+
+
+def test_augmentation_is_an_input_with_its_settings_and_language_model(teacher: Path) -> None:
+    def inputs(**changes: Any) -> dict[str, Any]:
+        return distill_inputs(recipe(teacher, distill=changes), teacher, SHARED)
+
+    found = [
+        inputs(),
+        inputs(augmentation="dropout"),
+        inputs(augmentation="dropout", augmentation_rate=0.5),
+        inputs(augmentation="mlm"),
+    ]
+    assert len({sha256_json(each) for each in found}) == 4
+    assert found[3]["language_model"] == sha256_file(teacher / WEIGHTS)
+    assert not is_same(sha256_json(found[0]), found[1])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("make", [distill_inputs, finetune_inputs])
+def test_a_model_s_config_and_tokenizer_are_inputs(teacher: Path, name: str, make: Callable[..., Any]) -> None:
+    before = make(recipe(teacher), teacher, SHARED)
+    content = json.loads((teacher / name).read_text())
+    (teacher / name).write_text(json.dumps(content | {"hidden_dropout_prob": 0.25}))
+    after = make(recipe(teacher), teacher, SHARED)
+    assert not is_same(sha256_json(before), after)
+    assert changed_inputs(before, after) == f"model_files.{name}"
+
+
+def test_the_weights_a_student_starts_from_are_an_input(
+    teacher: Path, tiny_bert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bertemd_deploy import students
+
+    start = tiny_bert("start", seed=3)
+    monkeypatch.setitem(students.STUDENTS, "4L", students.Shape(4, start=str(start)))
+    settings = [
+        recipe(teacher, student={"init": str(start)}),
+        recipe(teacher, student=dict.fromkeys(SIZES) | {"name": "4L"}),
+    ]
+    before = [distill_inputs(one, teacher, SHARED) for one in settings]
+    for one in before:
+        assert one["initial_weights"][WEIGHTS] == sha256_file(start / WEIGHTS)
+    (start / WEIGHTS).write_bytes((teacher / WEIGHTS).read_bytes())
+    for one, old in zip(settings, before, strict=True):
+        new = distill_inputs(one, teacher, SHARED)
+        assert not is_same(sha256_json(old), new)
+        assert changed_inputs(old, new) == f"initial_weights.{WEIGHTS}"
+    for init in ("auto", "random", "teacher"):
+        assert "initial_weights" not in distill_inputs(recipe(teacher, student={"init": init}), teacher, SHARED)
+    with pytest.raises(ModelError, match="there is no such folder"):
+        distill_inputs(recipe(teacher, student={"init": "./absent"}), teacher, SHARED)
+
+
+def test_changed_inputs_are_named() -> None:
+    before = {"data": "a", "distill": {"epochs": 1, "seed": 1}}
+    assert changed_inputs(before, {"data": "b", "distill": {"epochs": 2, "seed": 1}}) == "data, distill.epochs"
+    assert changed_inputs(before, before | {"model_files": {"config.json": "x"}}) == ""  # an earlier version had none
+    assert changed_inputs(None, before) == "unknown"
