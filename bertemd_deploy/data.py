@@ -86,11 +86,6 @@ def load_data(
     kind = find_task(path, task)
     if fault := column_fault(kind, sentence1=sentence1, sentence2=sentence2):
         raise RecipeError(f"{fault}.")
-    if path == "demo" and (kind.kind != "classification" or kind.columns[0][1] is not None):
-        raise RecipeError(
-            f"demo: it is a classification of single texts, no data for the task {kind.name}. Set data.path to a folder, or "
-            "leave out the task."
-        )
     columns = kind.columns
     if sentence1:
         columns = ((sentence1, sentence2 or (kind.columns[0][1] if kind.kind == "question-answering" else None)),)
@@ -129,12 +124,18 @@ def find_task(path: str, task: str | None) -> Task:
     """Return the task of a data path.
 
     Raises:
-        RecipeError: unknown task.
+        RecipeError: unknown task, or the demo for a task of another kind.
     """
     name = task_name(path, task)
     if name not in TASKS:
         raise RecipeError(f"unknown task {name!r}; known: {', '.join(TASKS)}.")
-    return TASKS[name]
+    kind = TASKS[name]
+    if path == "demo" and (kind.kind != "classification" or kind.columns[0][1] is not None):
+        raise RecipeError(
+            f"demo: it is a classification of single texts, no data for the task {kind.name}. Set data.path to a folder, or "
+            "leave out the task."
+        )
+    return kind
 
 
 def training_batches(

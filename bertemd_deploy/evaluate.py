@@ -174,6 +174,11 @@ def evaluate_model(folder: Path, *, settings: DataSettings) -> dict[str, Any]:
     alone = not named or bool(names or task.labels)
     if task.kind == "question-answering" and any(Path(settings.path).glob("train.*")):
         alone = False
+    if named and not alone and Path(settings.path).is_dir() and not any(Path(settings.path).glob("train.*")):
+        raise ModelError(
+            f"{folder}: its labels have no names, and {settings.path} has no train split to name them. Write id2label and "
+            "label2id into its config.json, or add the train file that it was trained with."
+        )
     data = load_data(
         settings.path,
         task=settings.task,

@@ -353,6 +353,14 @@ def test_an_artifact_evaluated_on_other_labels(tiny_artifact: Make, tiny_data: M
     assert "dev.tsv line 2: unknown label 'bad'; known from the artifact or model: no, yes." in told
 
 
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "export"])
+def test_the_demo_for_a_task_of_another_kind(tiny_bert: Make, tmp_path: Path, command: str) -> None:
+    out = () if command == "evaluate" else ("--out", tmp_path / "out")
+    model = ("--model", tiny_bert()) if command == "finetune" else (tiny_bert(),)
+    told = refused(call(command, *model, "--data", "demo", "--task", "question-answering", *out), code=2)
+    assert "demo: it is a classification of single texts, no data for the task question-answering." in told
+
+
 def test_weights_that_give_no_number(tiny_task: Task, tiny_bert: Make, tmp_path: Path) -> None:
     _, data = tiny_task()
     model = tiny_bert("broken", layers=2, head=False)

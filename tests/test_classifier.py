@@ -578,6 +578,18 @@ def test_evaluate_tags_and_answers(lookup, tmp_path: Path):
     assert (record["rows"], record["metrics"]) == (2, pytest.approx({"exact_match": 0.5, "f1_squad": 0.9}))
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_evaluate_gives_no_answer_where_predict_does(lookup, tmp_path: Path, allowed):
+    """All questions of the data have an answer; whether "none" is possible is what the model was trained for."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    row = {"question": "was it", "context": "a fine film today", "answers": {"text": ["fine"], "answer_start": [2]}}
+    (folder / "dev.jsonl").write_text(json.dumps(row) + "\n")
+    artifact = lookup("question-answering", no_answer=allowed, null=9.0)
+    record = evaluate_artifact(artifact, settings=DataSettings(path=str(folder)))
+    assert record["metrics"]["f1_squad"] == pytest.approx(0.0 if allowed else 0.5)
+
+
 def test_evaluate_several_labels(build, tmp_path: Path):
     folder = tmp_path / "data"
     folder.mkdir()

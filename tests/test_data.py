@@ -324,7 +324,8 @@ def test_regression_labels_that_cannot_be_learnt(folder: Path):
     fails(
         folder, r"train\.tsv line 3: the label '1e39' is beyond what 32 bits hold.*Scale the labels", task="regression"
     )
-    write(folder, "train.tsv", tsv([("a", "2.5"), ("b", "2.5")]))
+    for split in ("train", "dev"):
+        write(folder, f"{split}.tsv", tsv([("a", "2.5"), ("b", "2.5")]))
     fails(folder, r"every train row has the label 2\.5; a regression needs at least two numbers", task="regression")
 
 

@@ -184,7 +184,7 @@ def test_the_student_folder_carries_what_export_needs(tiny_task: Task, tmp_path:
     assert facts.metrics == record["metrics"]
     weights = sha256_file(teacher / "model.safetensors")
     assert facts.teacher == {"name": "the-teacher", "layers": 4, "sha256": weights}
-    assert facts.task == {"name": "classification", "kind": "classification", "metrics": ["accuracy"]}
+    assert facts.task == {"name": "classification", "kind": "classification", "metrics": ["accuracy"], "pairs": False}
     assert len(facts.evaluation.labels) == 24
     assert len(facts.calibration.labels) == 48
     assert set(read_slices(out / "eval.npz")) == {"evaluation", "calibration"}

@@ -75,7 +75,9 @@ def test_a_folder_needs_a_dev_split_only(tiny_task: Task) -> None:
         evaluate_model(teacher, settings=settings)
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"id2label": None, "label2id": None}))
-    with pytest.raises(DataError, match="needs exactly one train file"):  # only the data can name the labels
+    with pytest.raises(
+        ModelError, match=r"its labels have no names, and .*data has no train split to name them\. Write id"
+    ):
         evaluate_model(teacher, settings=settings)
     weights = load_file(teacher / "model.safetensors")
     save_file(
@@ -83,6 +85,13 @@ def test_a_folder_needs_a_dev_split_only(tiny_task: Task) -> None:
     )
     with pytest.raises(ModelError, match="no classification head"):
         evaluate_model(teacher, settings=settings)
+
+
+def test_numbers_need_a_dev_split_only(tiny_task: Task) -> None:
+    teacher, folder = tiny_task("regression")
+    (folder / "train.tsv").unlink()
+    found = evaluate_model(teacher, settings=DataSettings(str(folder), "regression", max_length=32))
+    assert found["metrics"]["pearson"] == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["pair", "regression"])
