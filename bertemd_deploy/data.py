@@ -1,6 +1,6 @@
 """Data sets: from a folder, the hub or the embedded demo to splits with labels by name, and length-bucketed batches.
 
-Reads `train.*` and `dev.*` of a folder (see `records` for the formats), `glue/<task>` through `datasets`, and `demo`.
+Reads `train.*` and `dev.*` of a folder (see `readers` for the formats), `glue/<task>` through `datasets`, and `demo`.
 Every fault names the file and the line. Labels become numbers in the order of the task's label names, of `labels.txt`
 (multilabel and token-classification), or sorted by name, O first. By kind of task a row holds:
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from bertemd_deploy.console import note
 from bertemd_deploy.demo import demo_rows
 from bertemd_deploy.errors import DataError, RecipeError, missing_extra
-from bertemd_deploy.records import read_names, read_records
+from bertemd_deploy.readers import read_names, read_records
 from bertemd_deploy.rows import Rows, as_written, make_split, names_of
 from bertemd_deploy.splits import AnySplit, Split, with_no_answer
 from bertemd_deploy.tasks import GLUE, TASKS, Task, column_fault, task_name

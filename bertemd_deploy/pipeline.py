@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bertemd_deploy import __version__
-from bertemd_deploy.checkpoints import WEIGHTS, find_model, has_head
+from bertemd_deploy.checkpoints import WEIGHTS, check_folder, find_model, has_head
 from bertemd_deploy.config import DataSettings, Recipe
 from bertemd_deploy.console import note
 from bertemd_deploy.data import Dataset, find_task, load_data
@@ -207,7 +207,9 @@ def _claim_stage(out: Path, header: dict[str, Any], *, force: bool) -> None:
         marker.unlink(missing_ok=True)
     if marker.exists():
         state = read_json(marker, what="stage record")
-        if not is_same(state.get("inputs"), header["given"]):
+        made = (out / WEIGHTS).exists() or any((out / "checkpoints").glob("*.safetensors"))
+        nothing = state.get("status") == "running" and not made
+        if not is_same(state.get("inputs"), header["given"]) and not nothing:  # one that never began is in nobody's way
             raise ArtifactError(
                 f"{out}: holds a {state.get('stage')} of other inputs ({changed_inputs(state.get('given'), header['given'])}). "
                 "Choose another --out, or add --force to start over."
@@ -346,9 +348,14 @@ class _Run:
         return record
 
     def all(self, *, stop_after: str | None) -> dict[str, Any]:
+        from bertemd_deploy.students import student_shape
+
         recipe, out = self.recipe, self.out
         data, max_length = load_recipe_data(recipe.data)
         source = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
+        student_shape(
+            recipe.student, check_folder(source)
+        )  # a student that cannot be is said before hours of fine-tuning
         shared = {"data": data.sha256, "max_length": max_length}
         records: dict[str, Any] = {}
         teacher = source

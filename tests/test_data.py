@@ -10,7 +10,7 @@ import pytest
 from bertemd_deploy.data import calibration_rows, find_task, load_data, training_batches
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import BertemdError, DataError, RecipeError
-from bertemd_deploy.records import SUFFIXES
+from bertemd_deploy.readers import SUFFIXES
 from bertemd_deploy.tasks import TASKS
 
 TRAIN = [("a good film", "yes"), ("a bad film", "no"), ("fine", "yes")]

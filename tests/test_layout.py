@@ -33,7 +33,7 @@ RUNTIME = {
     "launch",
     "metrics",
     "predictions",
-    "records",
+    "readers",
     "report",
     "rows",
     "runtime",

@@ -288,6 +288,30 @@ def test_stand_alone_does_nothing_twice_and_starts_over_with_force(
     assert pipeline.stand_alone("distill", out, inputs=other, force=False, train=train) == {"run": 3}
 
 
+def test_a_stage_that_never_began_is_in_nobodys_way(tmp_path: Path) -> None:
+    out, train = tmp_path / "out", Trainer()
+
+    def refused(work: Any, beside: Any) -> Any:
+        raise ModelError("the teacher is refused")
+
+    with pytest.raises(ModelError, match="the teacher is refused"):
+        pipeline.stand_alone("distill", out, inputs={"student": "9L"}, force=False, train=refused)
+    (out / "checkpoints").mkdir()
+    (out / "checkpoints" / "step-00000001.safetensors").write_text("one step of work")
+    with pytest.raises(ArtifactError, match=r"holds a distill of other inputs \(student\)"):
+        pipeline.stand_alone("distill", out, inputs={"student": "4L"}, force=False, train=train)
+    (out / "checkpoints" / "step-00000001.safetensors").unlink()
+    assert pipeline.stand_alone("distill", out, inputs={"student": "4L"}, force=False, train=train) == {"run": 1}
+
+
+def test_a_student_deeper_than_its_teacher_is_refused_before_any_stage(tiny_task: Task, tmp_path: Path) -> None:
+    teacher, data = tiny_task()
+    deep = recipe(teacher, data, student={"name": None, "layers": 9, "hidden": 16, "heads": 2, "intermediate": 32})
+    with pytest.raises(RecipeError, match=r"student: 9 layers, the teacher has \d+; a student is not deeper"):
+        pipeline.run(deep, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "finetune.jsonl").exists()
+
+
 def test_stand_alone_keeps_what_a_person_put_there(tmp_path: Path) -> None:
     out, train = tmp_path / "out", Trainer()
     (out / "notes").mkdir(parents=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bertemd_deploy.errors import DataError
-from bertemd_deploy.records import read_names, read_records
+from bertemd_deploy.readers import read_names, read_records
 
 TOKENS = ("tokens", "", "tags")
 QUESTIONS = ("question", "context", "answers")
