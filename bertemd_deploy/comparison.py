@@ -40,6 +40,7 @@ from bertemd_deploy.students import student_shape
 COMPARISON = "comparison.json"
 TABLE = "comparison.md"
 NOT_SHOWN = "no difference shown"
+_SHOWN_DIGITS = 1e-4  # of a metric in the table
 _FEW_SEEDS = 5
 
 
@@ -272,7 +273,8 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 def _interval(draws: NDArray[np.float64]) -> dict[str, Any]:
     low, high = (float(bound) for bound in np.percentile(draws, (2.5, 97.5)))
-    return {"ci95": [low, high], "shown": "higher" if low > 0 else "lower" if high < 0 else None}
+    seen = _SHOWN_DIGITS / 2  # what the table would print as 0 is no difference
+    return {"ci95": [low, high], "shown": "higher" if low >= seen else "lower" if high <= -seen else None}
 
 
 def _table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:

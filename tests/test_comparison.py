@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from bertemd_deploy import pipeline
 from bertemd_deploy.cli import app
-from bertemd_deploy.comparison import markdown_table, parse_mappings, parse_seeds, text_table
+from bertemd_deploy.comparison import _interval, markdown_table, parse_mappings, parse_seeds, text_table
 from bertemd_deploy.config import MAPPINGS
 from bertemd_deploy.evaluate import evaluate_folder
 from bertemd_deploy.files import sha256_file
@@ -279,3 +279,11 @@ def test_the_table_says_what_is_shown_and_what_is_not() -> None:
     assert page[2] == "| mapping | f1 | accuracy | f1 against uniform [95%] | seconds | tokens/s |"
     assert page[3] == "| :-- | --: | --: | :-- | --: | --: |"
     assert page[4] == "| uniform | 0.8000 | 0.8000 |  | 1,234.6 | 9,876 |"
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"),
+    [([0.01, 0.02], "higher"), ([-0.02, -0.01], "lower"), ([-0.01, 0.01], None), ([-1e-6, -2e-6], None), ([0.0], None)],
+)
+def test_a_difference_too_small_to_be_printed_is_none(draws: list[float], expected: str | None) -> None:
+    assert _interval(np.array(draws))["shown"] == expected
