@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_lookup import write_lookup
 from typer.testing import CliRunner
 
 import bertemd_deploy
@@ -96,23 +97,6 @@ def build(tmp_path: Path, tiny_tokenizer) -> Callable[..., Path]:
         return folder
 
     return artifact
-
-
-def write_lookup(path: Path, tables: dict[str, np.ndarray]) -> None:
-    """Write a graph that looks every token up by itself: each output is its table's (vocabulary, …) rows."""
-    helper, numpy_helper, kinds = onnx.helper, onnx.numpy_helper, onnx.TensorProto
-    graph = helper.make_graph(
-        [helper.make_node("Gather", [f"{name}_table", "input_ids"], [name]) for name in tables],
-        "lookup",
-        [helper.make_tensor_value_info("input_ids", kinds.INT64, ["batch", "sequence"])],
-        [
-            helper.make_tensor_value_info(name, kinds.FLOAT, ["batch", "sequence", *table.shape[1:]])
-            for name, table in tables.items()
-        ],
-        [numpy_helper.from_array(table.astype(np.float32), f"{name}_table") for name, table in tables.items()],
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from tiny_lookup import write_lookup
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from bertemd_deploy.artifact import DataSlice, write_slices
@@ -70,22 +71,6 @@ def write_graph(path: Path, *, table: np.ndarray, bias: np.ndarray) -> None:
         ],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", table.shape[1]])],
         [numpy_helper.from_array(array, name) for name, array in (constants | axes).items()],
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
-
-
-def write_lookup(path: Path, tables: dict[str, np.ndarray]) -> None:
-    """Write a graph that looks every token up by itself: each output is its table's (vocabulary, …) rows."""
-    graph = helper.make_graph(
-        [helper.make_node("Gather", [f"{name}_table", "input_ids"], [name]) for name in tables],
-        "tiny",
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "sequence", *table.shape[1:]])
-            for name, table in tables.items()
-        ],
-        [numpy_helper.from_array(table.astype(np.float32), f"{name}_table") for name, table in tables.items()],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
