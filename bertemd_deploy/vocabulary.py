@@ -12,15 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bertemd_deploy.errors import ModelError
+from bertemd_deploy.handout import SPECIAL_TOKENS
 
 LEAST_SHARE = 0.99
-ROLES = {
-    "padding": ("[PAD]", "<pad>"),
-    "unknown": ("[UNK]", "<unk>"),
-    "start": ("[CLS]", "<s>"),
-    "end": ("[SEP]", "</s>"),
-    "mask": ("[MASK]", "<mask>"),
-}
 _EXAMPLES = 5
 
 
@@ -43,7 +37,7 @@ def match_rows(
     Raises:
         ModelError: fewer than 99% of the teacher's tokens have a partner, or one is needed and nothing is unknown.
     """
-    alike = {token: names for names in ROLES.values() for token in names}
+    alike = {token: names for names in SPECIAL_TOKENS.values() for token in names}
     found: dict[int, int] = {}
     lacking = []
     for token, at in teacher.items():
@@ -60,7 +54,7 @@ def match_rows(
             f"{LEAST_SHARE:.0%} is needed); it lacks {named}{', …' if len(lacking) > _EXAMPLES else ''}. Start from teacher "
             "layers, or from a checkpoint that shares the teacher's vocabulary."
         )
-    unknown = next((checkpoint[name] for name in ROLES["unknown"] if name in checkpoint), None)
+    unknown = next((checkpoint[name] for name in SPECIAL_TOKENS["unk_token"] if name in checkpoint), None)
     if unknown is None and len(found) < rows:
         raise ModelError(
             f"{where}: {rows - len(found):,} of the teacher's ids have no token in its tokenizer, and it has no unknown "
