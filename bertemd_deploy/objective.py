@@ -121,10 +121,8 @@ class Objective:
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             total += loss.detach()
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in losses.items()}
-        if (
-            self.layers and flows is None
-        ):  # no row of this batch is ours, but the others wait for our share of the costs
-            self._flows(self._zero())
+        if self.layers and flows is None:
+            self._flows(self._zero())  # no row of this batch is ours, but the others wait for our share of the costs
         names = ("prediction", *SIDES, "embedding") if self.layers else ("prediction",)
         parts = {name: sums.get(name, torch.zeros_like(total)) for name in names}
         return Outcome(total, parts, self.mapping.log if self.layers else dict)
