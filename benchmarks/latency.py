@@ -83,7 +83,7 @@ def build(folder: Path, *, options: argparse.Namespace) -> dict[str, list[str]]:
     from bertemd_deploy.console import note
     from bertemd_deploy.fuse import fuse, optimize
     from bertemd_deploy.onnx_edit import save
-    from bertemd_deploy.quantize import quantize
+    from bertemd_deploy.quantization.dynamic import quantize
 
     note(f"building the graphs of {options.teacher} and {options.student}")
     save(portable_graph(model_of(options.teacher), exporter="torchscript", opset=17), folder / "teacher.onnx")

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bertemd_deploy.artifact import Artifact
-from bertemd_deploy.config import DataSettings
 from bertemd_deploy.data import load_data
 from bertemd_deploy.encoding import Encoded, TextEncoder, check_unicode
 from bertemd_deploy.errors import ArtifactError, DataError
@@ -32,6 +31,7 @@ from bertemd_deploy.predictions import (
     words_of,
 )
 from bertemd_deploy.runtime import BATCH_SIZE, check_session, collect_logits, logit_rank, open_session, run_session
+from bertemd_deploy.settings import DataSettings
 from bertemd_deploy.splits import Split
 from bertemd_deploy.tasks import Kind
 

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from bertemd_deploy import pipeline
 from bertemd_deploy.checkpoints import check_folder, checked_encoder
-from bertemd_deploy.config import MAPPINGS, Recipe, build_recipe
-from bertemd_deploy.config import Mapping as MappingName
+from bertemd_deploy.config import Recipe, build_recipe
 from bertemd_deploy.console import note
 from bertemd_deploy.data import Dataset
 from bertemd_deploy.errors import ArtifactError, ModelError, RecipeError
@@ -34,6 +33,8 @@ from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier
 from bertemd_deploy.resampling import RESAMPLES, bootstrap, metric_of_units
+from bertemd_deploy.settings import MAPPINGS
+from bertemd_deploy.settings import Mapping as MappingName
 from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs
 from bertemd_deploy.students import student_shape
 

@@ -1,8 +1,7 @@
-"""The recipe: frozen dataclasses, YAML in, every fault listed at once.
+"""The recipe: YAML in, every fault listed at once.
 
-One dataclass per section, in pipeline order. A field's type and bounds stand in its declaration and are all that the
-reader checks against; combinations that cannot work are in `_combination_faults`. A recipe holds data only: no Python
-paths, no inheritance, no interpolation.
+A field's type and bounds stand in its declaration in `settings` and are all that the reader checks against; combinations
+that cannot work are in `_combination_faults`. A recipe holds data only: no Python paths, no inheritance, no interpolation.
 """
 
 from __future__ import annotations
@@ -20,180 +19,17 @@ import yaml
 
 from bertemd_deploy.artifact import GRAPHS
 from bertemd_deploy.errors import RecipeError
+from bertemd_deploy.settings import (
+    STUDENT_NAMES,
+    BenchSettings,
+    DataSettings,
+    DistillSettings,
+    ExportSettings,
+    QuantizeSettings,
+    StudentSettings,
+    TeacherSettings,
+)
 from bertemd_deploy.tasks import TASKS, column_fault, task_name
-
-Precision = Literal["auto", "float32", "bfloat16"]
-Mapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
-Augmentation = Literal["none", "dropout", "mlm"]
-STUDENT_NAMES = ("4L-312", "6L-768", "4L", "6L")
-MAPPINGS: tuple[str, ...] = typing.get_args(Mapping)
-
-
-def _bounded(default: Any, low: float | None = None, high: float | None = None, *, above: bool = False) -> Any:
-    """Declare a number with bounds; `above` makes the lower bound exclusive."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
-
-
-@dataclass(frozen=True)
-class TeacherSettings:
-    """Where the teacher comes from, and how it is fine-tuned where it has no head for the task yet.
-
-    Attributes:
-        model: Hugging Face folder, hub id, or `package:IMPORT_NAME/sub/folder`.
-        sha256: expected hash of its `model.safetensors`; null checks none.
-        finetune: "auto" fine-tunes a checkpoint without a classification head, "always" any, "never" none.
-        precision: of matrix products in training; "auto" is bfloat16 where the processor has it (AVX512-BF16, AMX).
-            Weights, optimiser, costs and losses stay float32.
-        micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same up to rounding
-            and dropout's draws.
-    """
-
-    model: str = ""
-    sha256: str | None = None
-    finetune: Literal["auto", "always", "never"] = "auto"
-    epochs: int = _bounded(3, 1, 1000)
-    batch_size: int = _bounded(32, 1, 4096)
-    learning_rate: float = _bounded(5e-5, 0, 1, above=True)
-    warmup_ratio: float = _bounded(0.1, 0, 1)
-    weight_decay: float = _bounded(0.01, 0, 1)
-    seed: int = _bounded(42, 0, 2**31)
-    precision: Precision = "auto"
-    micro_batch_size: int | None = _bounded(None, 1, 4096)
-    checkpoint_seconds: float = _bounded(60.0, 0)
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """The data set.
-
-    Attributes:
-        path: "demo", "glue/<task>", or a folder with train.* and dev.* (formats by task, see `data`).
-        task: row of `tasks.TASKS`; null takes it from "glue/<task>" or "demo", and "classification" for a folder.
-        max_length: longest input in tokens; null takes the task's.
-        sentence1, sentence2, label: column names; null takes the task's. For token-classification sentence1 is the column
-            of the tokens; for question-answering sentence1 is the question and sentence2 its context.
-        doc_stride: tokens that neighbouring windows of a long context share (question-answering).
-        train_limit: use this many train rows, drawn once with a fixed seed; null uses all.
-    """
-
-    path: str = ""
-    task: str | None = None
-    max_length: int | None = _bounded(None, 4, 8192)
-    sentence1: str | None = None
-    sentence2: str | None = None
-    label: str | None = None
-    doc_stride: int = _bounded(128, 0, 8192)
-    train_limit: int | None = _bounded(None, 1)
-
-
-@dataclass(frozen=True)
-class StudentSettings:
-    """The student's shape and starting weights.
-
-    Attributes:
-        name: "4L-312", "6L-768", "4L" or "6L" (the teacher's width), or null with the four sizes given.
-        init: "auto" (the name's own start, see `students.STUDENTS`), "teacher" (evenly spaced teacher layers), "random",
-            or a checkpoint (folder, hub id, package).
-    """
-
-    name: str | None = None
-    layers: int | None = _bounded(None, 1, 48)
-    hidden: int | None = _bounded(None, 8, 8192)
-    heads: int | None = _bounded(None, 1, 128)
-    intermediate: int | None = _bounded(None, 8, 65536)
-    init: str = "auto"
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Distillation, by the names of the method.
-
-    Attributes:
-        mapping: which teacher layers a student layer learns from.
-        beta, theta, alpha: weights of the total loss, L = beta (theta (EMD_H + EMD_A) + L_emb) + L_pred.
-        temperature: tau_kd of the prediction loss.
-        reduction: "batch" sums over classes and takes the mean over the batch; "element" is the mean over both, to
-            which the published beta belongs.
-        cost_attention: form of the marginals' update; emd_temperature (T_emd) belongs to "softmax".
-        separate_marginals: keep attention and hidden marginals apart instead of averaging them.
-        hidden_projection: learn W also where the widths agree (it starts as the identity).
-        precision: of matrix products in training, as in `TeacherSettings`.
-        micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same up to rounding
-            and dropout's draws: costs of all parts are joined before a flow is solved, at the price of a second forward
-            pass.
-        teacher_cache_bytes: disk space for the teacher's outputs, kept from the first epoch on where reading them back is
-            measured to be faster than computing them; 0 keeps none.
-        augmentation: "dropout" adds copies of the train rows with tokens left out, "mlm" copies with tokens replaced by
-            what a masked language model finds likely.
-        augmentation_copies: copies of every train row.
-        augmentation_rate: share of a row's tokens that are changed.
-        checkpoint_seconds: longest time between two resumable checkpoints.
-    """
-
-    mapping: Mapping = "emd"
-    epochs: int = _bounded(10, 1, 1000)
-    batch_size: int = _bounded(32, 1, 4096)
-    learning_rate: float = _bounded(2e-5, 0, 1, above=True)
-    warmup_ratio: float = _bounded(0.1, 0, 1)
-    weight_decay: float = _bounded(0.01, 0, 1)
-    max_grad_norm: float = _bounded(1.0, 0, above=True)
-    beta: float = _bounded(0.005, 0)
-    theta: float = _bounded(1.0, 0)
-    alpha: float = _bounded(1.0, 0, 1)
-    temperature: float = _bounded(1.0, 0, 100, above=True)
-    reduction: Literal["batch", "element"] = "batch"
-    cost_attention: Literal["ratio", "softmax"] = "ratio"
-    emd_temperature: float = _bounded(1.0, 0, above=True)
-    separate_marginals: bool = False
-    hidden_projection: bool = False
-    micro_batch_size: int | None = _bounded(None, 1, 4096)
-    teacher_cache_bytes: int = _bounded(0, 0)
-    augmentation: Augmentation = "none"
-    augmentation_copies: int = _bounded(1, 1, 100)
-    augmentation_rate: float = _bounded(0.15, 0, 1, above=True)
-    seed: int = _bounded(42, 0, 2**31)
-    precision: Precision = "auto"
-    logging_steps: int = _bounded(10, 1)
-    checkpoint_seconds: float = _bounded(60.0, 0)
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """How torch becomes ONNX: which of torch's two exporters, and the opset."""
-
-    exporter: Literal["torchscript", "dynamo"] = "torchscript"
-    opset: int = _bounded(17, 17, 21)
-
-
-@dataclass(frozen=True)
-class QuantizeSettings:
-    """Int8: mode, and how many points (0.01) of the task's first metric it may lose on the dev set."""
-
-    mode: Literal["dynamic", "none"] = "dynamic"
-    max_drop: float = _bounded(1.0, 0, 100)
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What is measured: every sequence length at every batch size and thread count, for every graph.
-
-    Attributes:
-        sequence_lengths: tokens, or "max" for the artifact's longest input.
-        threads: thread counts, or "all" for every CPU this process may use.
-        rounds: how often the models take turns.
-        seconds_per_cell: time for one model in one cell, over all rounds.
-        replay: also run the dev set's real lengths.
-        graphs: which of the artifact's graphs; null takes all it holds.
-    """
-
-    sequence_lengths: tuple[int | Literal["max"], ...] = (16, 32, 64, 128, "max")
-    batch_sizes: tuple[int, ...] = (1, 8)
-    threads: tuple[int | Literal["all"], ...] = (1, "all")
-    rounds: int = _bounded(5, 2, 1000)
-    seconds_per_cell: float = _bounded(0.4, 0, above=True)
-    replay: bool = True
-    graphs: tuple[str, ...] | None = None
-    seed: int = _bounded(0, 0, 2**31)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch import nn
 
 from bertemd_deploy.artifact import DataSlice, write_slices
 from bertemd_deploy.checkpoints import WEIGHTS, checked_encoder, label_order
-from bertemd_deploy.config import DistillSettings, StudentSettings
 from bertemd_deploy.console import note, warn
 from bertemd_deploy.data import Dataset, calibration_rows
 from bertemd_deploy.devices import keep_products_in_bfloat16, training_device, trains_in_bfloat16
@@ -30,6 +29,7 @@ from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
 from bertemd_deploy.objective import Distiller, Objective
 from bertemd_deploy.processes import join_processes
+from bertemd_deploy.settings import DistillSettings, StudentSettings
 from bertemd_deploy.students import build_student, student_shape
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.teacher_cache import CachedTeacher, cache_key

@@ -16,7 +16,6 @@ from torch import nn
 from bertemd_deploy.answers import answer_scores
 from bertemd_deploy.artifact import NOT_SCORED, DataSlice
 from bertemd_deploy.checkpoints import checked_encoder, label_order, missing_head, model_labels, no_head
-from bertemd_deploy.config import DataSettings
 from bertemd_deploy.console import note, progress
 from bertemd_deploy.data import SPLITS, Dataset, find_task, load_data
 from bertemd_deploy.devices import is_out_of_memory
@@ -27,6 +26,7 @@ from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier, output_logits, reorder_outputs
 from bertemd_deploy.processes import Processes
 from bertemd_deploy.runtime import collect_logits
+from bertemd_deploy.settings import DataSettings
 from bertemd_deploy.tasks import Task
 
 _LEAST_GAIN = 10

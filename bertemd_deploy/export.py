@@ -33,7 +33,6 @@ from bertemd_deploy.bert_graph import (
     portable_graph,
     torch_logits,
 )
-from bertemd_deploy.config import ExportSettings, QuantizeSettings
 from bertemd_deploy.console import note, progress
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import ExportError
@@ -41,9 +40,7 @@ from bertemd_deploy.files import claim_folder, new_folder, sha256_file, write_js
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.gate import (
     PARITY_TOLERANCE,
-    Int8Search,
     Reference,
-    Trial,
     check_parity,
     discard_rejected,
     measure_parity,
@@ -53,8 +50,10 @@ from bertemd_deploy.gate import (
 from bertemd_deploy.handout import model_card, write_tokenizer
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.onnx_edit import histogram, save, set_metadata
-from bertemd_deploy.quantize import ACTIVATION_TYPE, REDUCE_RANGE, WEIGHT_TYPE, operators
+from bertemd_deploy.quantization.dynamic import ACTIVATION_TYPE, REDUCE_RANGE, WEIGHT_TYPE, operators
+from bertemd_deploy.quantization.search import Int8Search, Trial
 from bertemd_deploy.runtime import collect_logits
+from bertemd_deploy.settings import ExportSettings, QuantizeSettings
 from bertemd_deploy.tasks import Kind
 
 __all__ = ["export", "export_fp32"]

@@ -11,7 +11,6 @@ from torch import nn
 
 from bertemd_deploy.batching import Batch
 from bertemd_deploy.checkpoints import checked_encoder
-from bertemd_deploy.config import TeacherSettings
 from bertemd_deploy.data import Dataset
 from bertemd_deploy.devices import matrix_precision, training_device, trains_in_bfloat16
 from bertemd_deploy.evaluate import dev_metrics
@@ -20,6 +19,7 @@ from bertemd_deploy.kernels import quicken
 from bertemd_deploy.losses import supervised_losses
 from bertemd_deploy.models import load_classifier, output_logits, save_model, set_labels
 from bertemd_deploy.processes import join_processes
+from bertemd_deploy.settings import TeacherSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.training import Outcome, Schedule, fit
 

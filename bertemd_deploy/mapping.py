@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertemd_deploy.config import Mapping
 from bertemd_deploy.emd import CostAttention, cost_attention, solve_flow, uniform_weights
 from bertemd_deploy.errors import EmdError, RecipeError
+from bertemd_deploy.settings import Mapping
 
 SIDES = ("attention", "hidden")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from bertemd_deploy import __version__
 from bertemd_deploy.checkpoints import WEIGHTS, check_folder, find_model, has_head
-from bertemd_deploy.config import DataSettings, Recipe
+from bertemd_deploy.config import Recipe
 from bertemd_deploy.console import note
 from bertemd_deploy.data import Dataset, find_task, load_data
 from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, UnfinishedError
@@ -31,6 +31,7 @@ from bertemd_deploy.files import (
     write_text,
 )
 from bertemd_deploy.launch import stands_for_several
+from bertemd_deploy.settings import DataSettings
 from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, finetune_inputs, is_same, language_model
 
 STATE = "state.json"

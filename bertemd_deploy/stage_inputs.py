@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bertemd_deploy.checkpoints import WEIGHTS, find_model
-from bertemd_deploy.config import DistillSettings, Precision, Recipe, StudentSettings, TeacherSettings
+from bertemd_deploy.config import Recipe
 from bertemd_deploy.files import sha256_file, sha256_json
+from bertemd_deploy.settings import DistillSettings, Precision, StudentSettings, TeacherSettings
 
 _MEMORY = ("micro_batch_size", "teacher_cache_bytes")  # the same result up to rounding and dropout's draws
 _AUGMENTATION = ("augmentation", "augmentation_copies", "augmentation_rate")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from bertemd_deploy.checkpoints import find_model
-from bertemd_deploy.config import STUDENT_NAMES, StudentSettings
 from bertemd_deploy.console import note, warn
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import ModelError, RecipeError
@@ -23,6 +22,7 @@ from bertemd_deploy.families import family_of, feed_forward_activation, norm_eps
 from bertemd_deploy.inherit import fill, stored_weights
 from bertemd_deploy.mapping import even_layers
 from bertemd_deploy.models import auto_class, read_config
+from bertemd_deploy.settings import STUDENT_NAMES, StudentSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.vocabulary import match_rows
 

@@ -18,9 +18,9 @@ from bertemd_deploy import predictions
 from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.classifier import Classifier, Prediction, evaluate_artifact
 from bertemd_deploy.cli import app
-from bertemd_deploy.config import DataSettings
 from bertemd_deploy.errors import ArtifactError, DataError, ModelError
 from bertemd_deploy.files import sha256_file
+from bertemd_deploy.settings import DataSettings
 
 onnx = pytest.importorskip("onnx")
 GOOD, BAD = "good", "bad"

@@ -15,9 +15,9 @@ from typer.testing import CliRunner, Result
 from bertemd_deploy import pipeline
 from bertemd_deploy.cli import app
 from bertemd_deploy.comparison import _interval, markdown_table, parse_mappings, parse_seeds, text_table
-from bertemd_deploy.config import MAPPINGS
 from bertemd_deploy.evaluate import evaluate_folder
 from bertemd_deploy.files import sha256_file
+from bertemd_deploy.settings import MAPPINGS
 
 Task = Callable[..., tuple[Path, Path]]
 

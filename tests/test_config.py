@@ -8,16 +8,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertemd_deploy.config import (
-    MAPPINGS,
-    STUDENT_NAMES,
-    DataSettings,
-    Recipe,
-    build_recipe,
-    load_recipe,
-    options_recipe,
-)
+from bertemd_deploy.config import Recipe, build_recipe, load_recipe, options_recipe
 from bertemd_deploy.errors import RecipeError
+from bertemd_deploy.settings import MAPPINGS, STUDENT_NAMES, DataSettings
 
 MINIMAL = "teacher: {model: teacher}\ndata: {path: demo}\nstudent: {name: 4L}\n"
 

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from bertemd_deploy.artifact import read_slices
-from bertemd_deploy.config import MAPPINGS, DistillSettings, StudentSettings
 from bertemd_deploy.data import load_data
 from bertemd_deploy.distill import distill
 from bertemd_deploy.errors import ArtifactError, ModelError
@@ -22,6 +21,7 @@ from bertemd_deploy.evaluate import evaluate_folder
 from bertemd_deploy.facts import facts_from_data, read_student
 from bertemd_deploy.files import sha256_file
 from bertemd_deploy.objective import Distiller
+from bertemd_deploy.settings import MAPPINGS, DistillSettings, StudentSettings
 
 Make = Callable[..., Path]
 Task = Callable[..., tuple[Path, Path]]

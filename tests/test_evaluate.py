@@ -17,13 +17,13 @@ from torch import nn
 
 from bertemd_deploy.answers import Answers
 from bertemd_deploy.artifact import DataSlice
-from bertemd_deploy.config import DataSettings
 from bertemd_deploy.data import load_data
 from bertemd_deploy.encoding import Encoded, TextEncoder
 from bertemd_deploy.errors import DataError, ModelError, TrainingError
 from bertemd_deploy.evaluate import check_teacher, dev_metrics, evaluate_folder, evaluate_model, torch_logits
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier
+from bertemd_deploy.settings import DataSettings
 from bertemd_deploy.tasks import TASKS, Kind
 
 Task = Callable[..., tuple[Path, Path]]

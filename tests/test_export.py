@@ -17,11 +17,11 @@ from bertemd_deploy import bert_graph
 from bertemd_deploy import export as module
 from bertemd_deploy.artifact import GRAPHS, Artifact
 from bertemd_deploy.bert_graph import check_shapes, load_model, portable_graph
-from bertemd_deploy.config import ExportSettings, QuantizeSettings
 from bertemd_deploy.errors import ArtifactError, ExportError, GateError, ModelError
 from bertemd_deploy.export import export, export_fp32
 from bertemd_deploy.onnx_edit import IR_VERSIONS, histogram, save
 from bertemd_deploy.runtime import INPUT_NAMES, open_session, predict_logits
+from bertemd_deploy.settings import ExportSettings, QuantizeSettings
 from bertemd_deploy.tasks import Kind
 
 TASK = {"name": "mrpc", "kind": "classification", "metrics": ["f1", "accuracy"]}

@@ -11,7 +11,6 @@ import pytest
 import torch
 from tiny_family import CASES, answer_itself, tiny_config, tiny_model, write_family
 
-from bertemd_deploy.config import DistillSettings, QuantizeSettings, StudentSettings
 from bertemd_deploy.data import load_data
 from bertemd_deploy.distill import distill
 from bertemd_deploy.encoding import TextEncoder
@@ -32,6 +31,7 @@ from bertemd_deploy.families import (
     score_factor,
     sizes,
 )
+from bertemd_deploy.settings import DistillSettings, QuantizeSettings, StudentSettings
 from bertemd_deploy.tasks import Kind
 
 
@@ -189,10 +189,10 @@ def test_a_teacher_of_any_family_is_distilled(
 
 def export_and_predict(student: Path, out: Path) -> None:
     from bertemd_deploy.classifier import Classifier
-    from bertemd_deploy.config import ExportSettings
     from bertemd_deploy.export import export
     from bertemd_deploy.facts import read_student
     from bertemd_deploy.models import load_classifier
+    from bertemd_deploy.settings import ExportSettings
 
     facts = read_student(student)
     export(

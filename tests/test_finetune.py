@@ -12,12 +12,12 @@ import torch
 from corpora import write_corpus
 from safetensors.torch import load_file
 
-from bertemd_deploy.config import TeacherSettings
 from bertemd_deploy.data import load_data
 from bertemd_deploy.errors import ModelError
 from bertemd_deploy.evaluate import evaluate_folder
 from bertemd_deploy.files import sha256_file
 from bertemd_deploy.finetune import finetune
+from bertemd_deploy.settings import TeacherSettings
 
 Make = Callable[..., Path]
 

@@ -12,7 +12,7 @@ from bertemd_deploy.bert_graph import check_shapes, fusable_graph, head_kind, po
 from bertemd_deploy.errors import ExportError
 from bertemd_deploy.fuse import check_counts, fuse, fused_counts, optimize
 from bertemd_deploy.onnx_edit import histogram, save
-from bertemd_deploy.quantize import quantize
+from bertemd_deploy.quantization.dynamic import quantize
 from bertemd_deploy.runtime import open_session, predict_logits, run_session
 from bertemd_deploy.tasks import Kind
 

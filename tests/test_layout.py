@@ -37,11 +37,12 @@ RUNTIME = {
     "report",
     "rows",
     "runtime",
+    "settings",
     "spans",
     "splits",
     "tasks",
 }
-QUANTIZING = {"gate", "onnx_edit", "quantize"}  # runtime half as well, with onnx on top
+QUANTIZING = {"gate", "onnx_edit", "quantization"}  # runtime half as well, with onnx on top
 # Not what the small install brings: training packages, and the optional ones, which are imported where they are used.
 FORBIDDEN = (
     "torch",

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bertemd_deploy.config import MAPPINGS
 from bertemd_deploy.emd import cost_attention, emd_loss, solve_flow, uniform_weights
 from bertemd_deploy.errors import EmdError, RecipeError
 from bertemd_deploy.mapping import SIDES, LayerMapping, even_layers, fixed_flow
+from bertemd_deploy.settings import MAPPINGS
 
 ATTENTION = torch.tensor([[1.0, 3.0], [2.0, 1.0], [4.0, 0.5]])
 HIDDEN = torch.tensor([[2.0, 1.0], [1.0, 5.0], [3.0, 3.0]])

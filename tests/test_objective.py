@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.batching import Batch, Batching
-from bertemd_deploy.config import DistillSettings
 from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.objective import Distiller, Objective
 from bertemd_deploy.processes import Processes
+from bertemd_deploy.settings import DistillSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.training import Outcome
 

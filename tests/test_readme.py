@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bertemd_deploy.cli import app
-from bertemd_deploy.config import MAPPINGS, Recipe, load_recipe
+from bertemd_deploy.config import Recipe, load_recipe
 from bertemd_deploy.families import FAMILIES
+from bertemd_deploy.settings import MAPPINGS
 from bertemd_deploy.students import STUDENTS
 from bertemd_deploy.tasks import GLUE, TASKS
 

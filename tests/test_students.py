@@ -20,9 +20,9 @@ from tiny_family import (
 )
 from tiny_words import VOCABULARY
 
-from bertemd_deploy.config import StudentSettings
 from bertemd_deploy.errors import ModelError, RecipeError
 from bertemd_deploy.models import load_classifier
+from bertemd_deploy.settings import StudentSettings
 from bertemd_deploy.students import Shape, build_student, student_shape
 
 TEACHER = {

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
+from onnx import numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -151,3 +153,15 @@ def labelled(model: torch.nn.Module, count: int, *, seed: int = 0, kind: Kind = 
         accepted = tuple((answer.text,) for answer in found)
         return DataSlice(part, np.zeros((count, 2), dtype=np.int64), kind, replace(gold, accepted=accepted))
     return DataSlice(part, logits.argmax(axis=-1).astype(np.int64))
+
+
+def shifted(graph: onnx.ModelProto, *, by: float) -> onnx.ModelProto:
+    """Return the graph with its classifier's bias moved by (`by`, 0)."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    name = copy.graph.node[-1].input[2]
+    for at, tensor in enumerate(copy.graph.initializer):
+        if tensor.name == name:
+            moved = numpy_helper.to_array(tensor) + np.array([by, 0], dtype=np.float32)
+            copy.graph.initializer[at].CopyFrom(numpy_helper.from_array(moved, name))
+    return copy

@@ -11,10 +11,10 @@ from typing import Any
 from bertemd_deploy.artifact import GRAPH_PRECISION, GRAPHS, Artifact
 from bertemd_deploy.bench.memory import graph_bytes, weight_bytes
 from bertemd_deploy.bench.process import Worker
-from bertemd_deploy.config import ExportSettings
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import MeasurementError, ModelError, missing_extra
 from bertemd_deploy.files import read_json
+from bertemd_deploy.settings import ExportSettings
 
 TEACHER_GRAPH = "onnx/model.onnx"
 TRAINING_PACKAGES = ("torch", "transformers", "onnx")

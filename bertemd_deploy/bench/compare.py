@@ -26,13 +26,13 @@ from bertemd_deploy.bench.candidates import Candidate, students, teachers
 from bertemd_deploy.bench.passes import CellResult, Profile, profile, time_cells
 from bertemd_deploy.bench.statistics import speedup, summarize
 from bertemd_deploy.bench.workload import Cell, plan_cells
-from bertemd_deploy.config import BenchSettings
 from bertemd_deploy.console import note, progress, warn
 from bertemd_deploy.decisions import same_decisions
 from bertemd_deploy.errors import MeasurementError
 from bertemd_deploy.files import claim_folder, write_json
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.runtime import CpuLimits, cpu_limits
+from bertemd_deploy.settings import BenchSettings
 
 RECORD = "record.json"
 TEACHER_PARITY = 1e-2  # largest difference of the teacher's logits between PyTorch and its exported graph

@@ -24,7 +24,7 @@ from bertemd_deploy.bench.environment import OtherWork
 from bertemd_deploy.bench.latency import WINDOW
 from bertemd_deploy.bench.process import Worker
 from bertemd_deploy.bench.workload import REPLAY, Cell
-from bertemd_deploy.config import BenchSettings
+from bertemd_deploy.settings import BenchSettings
 
 COLD_STARTS = 3
 COLD_SEQUENCE = 32

@@ -18,7 +18,7 @@ from bertemd_deploy.errors import ArtifactError, MeasurementError
 from bertemd_deploy.files import read_json
 
 if TYPE_CHECKING:
-    from bertemd_deploy.config import BenchSettings
+    from bertemd_deploy.settings import BenchSettings
 
 Inputs = dict[str, NDArray[np.int64]]
 REPLAY: Literal["replay"] = "replay"

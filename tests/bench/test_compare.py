@@ -18,9 +18,9 @@ from tiny_artifact import (
 from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.bench import compare, passes
 from bertemd_deploy.bench.compare import artifact_excerpt, bench
-from bertemd_deploy.config import BenchSettings
 from bertemd_deploy.errors import ArtifactError, MeasurementError
 from bertemd_deploy.report import report
+from bertemd_deploy.settings import BenchSettings
 
 SMALL = BenchSettings(
     sequence_lengths=(4, "max", 64),

@@ -8,8 +8,8 @@ from bertemd_deploy.bench import passes
 from bertemd_deploy.bench.candidates import students
 from bertemd_deploy.bench.passes import calls_per_round, profile, requests_per_round, time_cells
 from bertemd_deploy.bench.workload import Cell
-from bertemd_deploy.config import BenchSettings
 from bertemd_deploy.errors import MeasurementError
+from bertemd_deploy.settings import BenchSettings
 
 
 @pytest.mark.parametrize(("median_ms", "count"), [(0.5, 200), (50.0, 3), (100.0, 3), (100.1, 1), (1e-6, 2000)])

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer
 
 from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.bench.workload import MEMORY_ROWS, Cell, Workload, plan_cells
-from bertemd_deploy.config import BenchSettings
 from bertemd_deploy.errors import ArtifactError, MeasurementError
+from bertemd_deploy.settings import BenchSettings
 
 
 def test_default_grid_collapses_lengths_and_threads_that_coincide():

@@ -12,7 +12,7 @@ from bertemd_deploy.bert_graph import fusable_graph, portable_graph
 from bertemd_deploy.errors import ExportError
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.onnx_edit import histogram, save
-from bertemd_deploy.quantize import operators, quantize, quantize_rows, quantize_weight
+from bertemd_deploy.quantization.dynamic import operators, quantize, quantize_rows, quantize_weight
 from bertemd_deploy.runtime import open_session, predict_logits
 
 MODEL = tiny_model()
