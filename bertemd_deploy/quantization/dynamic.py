@@ -4,7 +4,8 @@
     embedding tables  int8 rows, one scale per row (stored as float16 where its range allows), looked up then multiplied
 
 The portable form is DynamicQuantizeLinear, MatMulInteger, Cast, Mul; the fused form one DynamicQuantizeMatMul with its
-bias. Only two-dimensional weights become int8: biases, LayerNorm parameters, the segment table (2 rows) and the task's
+bias. A Gelu behind a fused product becomes its tanh form, at most 5e-4 from the exact one: a tenth of an int8 step of what
+it puts out, for a fifth of its time. Only two-dimensional weights become int8: biases, LayerNorm parameters, the segment table (2 rows) and the task's
 head stay float32, and so does what runs between the products.
 
 ONNX Runtime's own quantize_dynamic is not used: it gives a whole embedding table one scale, rounds the LayerNorm
@@ -74,11 +75,17 @@ def quantize(
             _table(editor, node, weight)
             return True
         bias, output = _bias_of(editor, node, absorb=fused)
+        gelu = _gelu_of(editor, node) if fused else None
+        if gelu is not None:
+            bias, output = gelu.input[1], editor.fresh(f"{node.name}/biased")
         codes, scale = quantize_weight(weight, per_channel=per_channel)
         weights = [editor.constant(codes, f"{node.name}/int8"), editor.constant(scale, f"{node.name}/scale")]
         if fused:
             inputs = [node.input[0], *weights, *(["", bias] if bias else [])]
             editor.emit("DynamicQuantizeMatMul", inputs, name=node.name, outputs=[output], domain=MICROSOFT)
+            if gelu is not None:
+                editor.emit("FastGelu", [output], name=gelu.name, outputs=list(gelu.output), domain=MICROSOFT)
+                output = gelu.output[0]
             absorbed.add(output)
         else:
             _integer_product(editor, node, weights, bias=bias, cache=quantized_inputs)
@@ -165,6 +172,12 @@ def _bias_of(editor: Editor, node: onnx.NodeProto, *, absorb: bool) -> tuple[str
             if array is not None and array.ndim == 1:
                 return name, following[0].output[0]
     return "", node.output[0]
+
+
+def _gelu_of(editor: Editor, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """Return the BiasGelu that alone reads a product, or None."""
+    following = editor.consumers.get(node.output[0], [])
+    return following[0] if len(following) == 1 and following[0].op_type == "BiasGelu" else None
 
 
 def _integer_product(

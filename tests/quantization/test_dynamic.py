@@ -65,7 +65,10 @@ def test_operators_of_both_forms(source) -> None:
     assert next(entry.version for entry in result.opset_import if not entry.domain) == 17
     if fused:
         assert kinds["com.microsoft.DynamicQuantizeMatMul"] == 10
-        assert kinds.get("Add", 0) == 0  # every bias went into its product
+        adds = [node for node in result.graph.node if node.op_type == "Add"]
+        assert [node.name.endswith("/mask") for node in adds] == [True]  # every bias went into its product
+        assert kinds["com.microsoft.FastGelu"] == 2
+        assert "com.microsoft.BiasGelu" not in kinds
     else:
         assert kinds["MatMulInteger"] == 10
         assert {node.domain for node in result.graph.node} == {""}
