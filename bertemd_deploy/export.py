@@ -7,12 +7,9 @@ nodes a graph has is decided in `bert_graph`, `fuse` and `quantize`; what passes
 
 from __future__ import annotations
 
-import datetime
 import json
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from torch import nn
 
-from bertemd_deploy.artifact import EVALUATION, GRAPHS, MANIFEST, SCHEMA_VERSION, Artifact, DataSlice, write_slices
-from bertemd_deploy.bench.environment import versions
+from bertemd_deploy.artifact import EVALUATION, GRAPHS, MANIFEST, Artifact, DataSlice, write_slices
 from bertemd_deploy.bert_graph import (
     check_shapes,
     export_fp32,
@@ -36,10 +32,9 @@ from bertemd_deploy.bert_graph import (
 from bertemd_deploy.console import note, progress
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import ExportError
-from bertemd_deploy.files import claim_folder, new_folder, sha256_file, write_json, write_text
+from bertemd_deploy.files import claim_folder, new_folder, write_json, write_text
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.gate import (
-    PARITY_TOLERANCE,
     Reference,
     check_parity,
     discard_rejected,
@@ -48,40 +43,15 @@ from bertemd_deploy.gate import (
     score,
 )
 from bertemd_deploy.handout import model_card, write_tokenizer
+from bertemd_deploy.manifest import Build, describe, describe_files
 from bertemd_deploy.metrics import evaluate_metrics
-from bertemd_deploy.onnx_edit import histogram, save, set_metadata
-from bertemd_deploy.quantization.dynamic import ACTIVATION_TYPE, REDUCE_RANGE, WEIGHT_TYPE, operators
-from bertemd_deploy.quantization.search import Int8Search, Trial
+from bertemd_deploy.onnx_edit import save, set_metadata
+from bertemd_deploy.quantization.search import Int8Search
 from bertemd_deploy.runtime import collect_logits
 from bertemd_deploy.settings import ExportSettings, QuantizeSettings
 from bertemd_deploy.tasks import Kind
 
 __all__ = ["export", "export_fp32"]
-
-PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
-# x86 without these adds two products in 16 bits and saturates where weights and activations are both extreme.
-EXACT_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "neon")
-
-
-@dataclass
-class _Build:
-    """What one export has found out so far; the manifest is made of it."""
-
-    folder: Path
-    out: Path
-    metadata: dict[str, Any]
-    labels: Sequence[str]
-    opset: int
-    shapes: list[list[int]] = field(default_factory=list)
-    graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
-    fused: dict[str, int] = field(default_factory=dict)
-    parity: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    chosen: dict[str, Trial] = field(default_factory=dict)
-    trials: list[Trial] = field(default_factory=list)
-
-    def path(self, graph: str) -> Path:
-        return self.folder / GRAPHS[graph]
 
 
 def export(
@@ -136,7 +106,7 @@ def export(
         (folder / "onnx").mkdir()
         names = {} if kind == "question-answering" else {"id2label": dict(enumerate(labels)) or {0: "LABEL_0"}}
         metadata = names | {"task": task["name"], "kind": kind, "max_length": max_length}
-        build = _Build(folder, out, metadata, labels, settings.opset)
+        build = Build(folder, out, metadata, labels, settings.opset)
         write_tokenizer(student, folder, max_length=max_length)
         write_json(folder / "config.json", _model_config(student, kind=kind, **names))
         write_slices(folder / EVALUATION, {"evaluation": evaluation, "calibration": calibration})
@@ -155,41 +125,24 @@ def export(
             _score(build, graph, metrics, part=evaluation, pad_id=pad_id)
         if quantization.mode == "dynamic":
             _write_int8(build, reference, metrics=metrics, slices=slices, pad_id=pad_id, limits=quantization)
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "task": dict(task) | _no_answer(slices),
-            "labels": list(labels),
-            "max_length": max_length,
-            "student": {
-                "layers": config.num_hidden_layers,
-                "hidden": config.hidden_size,
-                "heads": config.num_attention_heads,
-                "intermediate": config.intermediate_size,
-                "parameters": sum(weight.numel() for weight in model.parameters()),
-            },
-            "teacher": dict(teacher) if teacher is not None else None,
-            "distillation": dict(distillation) if distillation is not None else None,
-            "export": {**asdict(settings), "shapes": build.shapes},
-            "parity": {"max_abs_logit_difference_allowed": PARITY_TOLERANCE, "graphs": build.parity},
-            "metrics": {name: dict(values) for name, values in reference_metrics.items()} | build.metrics,
-            "quantization": _quantization(build, quantization),
-            "requires": {"isa": [], "int8_exact_with_any_of": list(EXACT_INT8)},
-            "versions": versions(PACKAGES),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": _commit(),
-        }
+        manifest = describe(
+            build,
+            model,
+            task=task,
+            max_length=max_length,
+            slices=slices,
+            teacher=teacher,
+            distillation=distillation,
+            reference_metrics=reference_metrics,
+            settings=settings,
+            quantization=quantization,
+        )
         write_text(folder / "README.md", model_card(manifest, graphs={name: build.path(name) for name in build.graphs}))
-        manifest["files"] = _files(build)
+        manifest["files"] = describe_files(build)
         write_json(folder / MANIFEST, manifest)
     if foreign:
         _move_into(out / ".bertemd-new", out)
     return Artifact.load(out)
-
-
-def _no_answer(slices: Sequence[DataSlice]) -> dict[str, bool]:
-    """Return the manifest's word on whether a context may hold no answer, of questions: in training or in evaluation."""
-    found = [part.gold.unanswerable for part in slices if part.gold is not None]
-    return {"no_answer": any(found)} if found else {}
 
 
 def _check_request(
@@ -228,7 +181,7 @@ def _check_request(
             )
 
 
-def _write_fp32(build: _Build, model: nn.Module, *, settings: ExportSettings) -> None:
+def _write_fp32(build: Build, model: nn.Module, *, settings: ExportSettings) -> None:
     config: Any = model.config
     with progress("export", 2) as bar:
         build.graphs["fp32"] = portable_graph(model, exporter=settings.exporter, opset=settings.opset)
@@ -249,14 +202,14 @@ def _write_fp32(build: _Build, model: nn.Module, *, settings: ExportSettings) ->
         build.shapes = check_shapes(build.path(graph), model=model, name=build.path(graph).name)
 
 
-def _judge_fp32(build: _Build, reference: Reference) -> None:
+def _judge_fp32(build: Build, reference: Reference) -> None:
     for graph in ("fp32", "fused"):
         parity = measure_parity(build.path(graph), reference)
         check_parity(parity, build.path(graph), out=build.out)
         build.parity[graph] = parity.record()
 
 
-def _score(build: _Build, graph: str, metrics: Sequence[str], *, part: DataSlice, pad_id: int) -> None:
+def _score(build: Build, graph: str, metrics: Sequence[str], *, part: DataSlice, pad_id: int) -> None:
     found = score(build.path(graph), metrics, part=part, pad_id=pad_id, label_names=build.labels)
     if found is None:
         raise ExportError(
@@ -277,7 +230,7 @@ def _student_logits(model: nn.Module, part: DataSlice, *, pad_id: int) -> NDArra
 
 
 def _write_int8(
-    build: _Build,
+    build: Build,
     reference: Reference,
     *,
     metrics: Sequence[str],
@@ -307,41 +260,6 @@ def _write_int8(
         _score(build, graph, metrics, part=evaluation, pad_id=pad_id)
 
 
-def _quantization(build: _Build, settings: QuantizeSettings) -> dict[str, Any]:
-    """Return the manifest's entry; what may differ between the graphs is keyed by graph."""
-    found = {graph: operators(build.graphs["fused" if graph == "fused-int8" else "fp32"]) for graph in build.chosen}
-    return {
-        **asdict(settings),
-        "activation_type": ACTIVATION_TYPE,
-        "weight_type": WEIGHT_TYPE,
-        "reduce_range": REDUCE_RANGE,
-        "per_channel": {graph: trial.per_channel for graph, trial in build.chosen.items()},
-        "operators": {
-            graph: [name for name in found[graph] if name not in trial.excluded]
-            for graph, trial in build.chosen.items()
-        },
-        "excluded": {graph: trial.excluded for graph, trial in build.chosen.items()},
-        "trials": [asdict(trial) for trial in build.trials],
-    }
-
-
-def _files(build: _Build) -> dict[str, Any]:
-    names = {GRAPHS[name]: name for name in build.graphs}
-    entries: dict[str, Any] = {}
-    for path in sorted(path for path in build.folder.rglob("*") if path.is_file()):
-        name = path.relative_to(build.folder).as_posix()
-        entries[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        if name in names:
-            graph = build.graphs[names[name]]
-            entries[name] |= {
-                "opset": build.opset,
-                "ir_version": graph.ir_version,
-                "operators": histogram(graph),
-                "fused": build.fused if names[name].startswith("fused") else None,
-            }
-    return entries
-
-
 def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((student / "config.json").read_text(encoding="utf-8"))
     if kind == "multilabel":
@@ -350,20 +268,6 @@ def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | No
         return config
     names = {str(number): name for number, name in id2label.items()}
     return config | {"id2label": names, "label2id": {name: number for number, name in id2label.items()}}
-
-
-def _commit() -> str | None:
-    """Return the commit of the checkout this package runs from, or None where it is installed."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
 
 
 def _move_into(source: Path, out: Path) -> None:

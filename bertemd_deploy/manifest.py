@@ -1,0 +1,144 @@
+"""The artifact's manifest: what one export has found out, told in one JSON file (its fields: README, "The artifact")."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import nn
+
+from bertemd_deploy.artifact import GRAPHS, SCHEMA_VERSION, DataSlice
+from bertemd_deploy.bench.environment import versions
+from bertemd_deploy.files import sha256_file
+from bertemd_deploy.gate import PARITY_TOLERANCE
+from bertemd_deploy.onnx_edit import histogram
+from bertemd_deploy.quantization.dynamic import ACTIVATION_TYPE, REDUCE_RANGE, WEIGHT_TYPE, operators
+from bertemd_deploy.quantization.search import Trial
+from bertemd_deploy.settings import ExportSettings, QuantizeSettings
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
+# x86 without these adds two products in 16 bits and saturates where weights and activations are both extreme.
+EXACT_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "neon")
+
+
+@dataclass
+class Build:
+    """What one export has found out so far, by graph; the manifest is made of it."""
+
+    folder: Path
+    out: Path
+    metadata: dict[str, Any]
+    labels: Sequence[str]
+    opset: int
+    shapes: list[list[int]] = field(default_factory=list)
+    graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    chosen: dict[str, Trial] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+
+    def path(self, graph: str) -> Path:
+        """Return where a graph is being written."""
+        return self.folder / GRAPHS[graph]
+
+
+def describe(
+    build: Build,
+    model: nn.Module,
+    *,
+    task: Mapping[str, Any],
+    max_length: int,
+    slices: Sequence[DataSlice],
+    teacher: Mapping[str, Any] | None,
+    distillation: Mapping[str, Any] | None,
+    reference_metrics: Mapping[str, Mapping[str, float]],
+    settings: ExportSettings,
+    quantization: QuantizeSettings,
+) -> dict[str, Any]:
+    """Return the manifest but for its files; arguments as of `export`, `model` being the student."""
+    config: Any = model.config
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "task": dict(task) | _no_answer(slices),
+        "labels": list(build.labels),
+        "max_length": max_length,
+        "student": {
+            "layers": config.num_hidden_layers,
+            "hidden": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "intermediate": config.intermediate_size,
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+        },
+        "teacher": dict(teacher) if teacher is not None else None,
+        "distillation": dict(distillation) if distillation is not None else None,
+        "export": {**asdict(settings), "shapes": build.shapes},
+        "parity": {"max_abs_logit_difference_allowed": PARITY_TOLERANCE, "graphs": build.parity},
+        "metrics": {name: dict(values) for name, values in reference_metrics.items()} | build.metrics,
+        "quantization": _quantization(build, quantization),
+        "requires": {"isa": [], "int8_exact_with_any_of": list(EXACT_INT8)},
+        "versions": versions(PACKAGES),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+    }
+
+
+def _no_answer(slices: Sequence[DataSlice]) -> dict[str, bool]:
+    """Return the manifest's word on whether a context may hold no answer, of questions: in training or in evaluation."""
+    found = [part.gold.unanswerable for part in slices if part.gold is not None]
+    return {"no_answer": any(found)} if found else {}
+
+
+def _quantization(build: Build, settings: QuantizeSettings) -> dict[str, Any]:
+    """Return the manifest's entry; what may differ between the graphs is keyed by graph."""
+    found = {graph: operators(build.graphs["fused" if graph == "fused-int8" else "fp32"]) for graph in build.chosen}
+    return {
+        **asdict(settings),
+        "activation_type": ACTIVATION_TYPE,
+        "weight_type": WEIGHT_TYPE,
+        "reduce_range": REDUCE_RANGE,
+        "per_channel": {graph: trial.per_channel for graph, trial in build.chosen.items()},
+        "operators": {
+            graph: [name for name in found[graph] if name not in trial.excluded]
+            for graph, trial in build.chosen.items()
+        },
+        "excluded": {graph: trial.excluded for graph, trial in build.chosen.items()},
+        "trials": [asdict(trial) for trial in build.trials],
+    }
+
+
+def describe_files(build: Build) -> dict[str, Any]:
+    """Return the manifest's entry for every file in the folder: hash, size, and of graphs what they are made of."""
+    names = {GRAPHS[name]: name for name in build.graphs}
+    entries: dict[str, Any] = {}
+    for path in sorted(path for path in build.folder.rglob("*") if path.is_file()):
+        name = path.relative_to(build.folder).as_posix()
+        entries[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        if name in names:
+            graph = build.graphs[names[name]]
+            entries[name] |= {
+                "opset": build.opset,
+                "ir_version": graph.ir_version,
+                "operators": histogram(graph),
+                "fused": build.fused if names[name].startswith("fused") else None,
+            }
+    return entries
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout this package runs from, or None where it is installed."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
