@@ -16,7 +16,7 @@ A peer that has no environment, cannot be built or does not run is in the record
 
 - Weights are random and seeded: latency does not depend on them. They are written once, as a Hugging Face folder that
   everything starts from. Every engine's logits are compared with PyTorch's in every cell; the largest difference is recorded,
-  and an fp32 engine beyond 1e-2 is not measured.
+  and an fp32 engine beyond 1e-2 is not measured. An --artifact has weights of its own, so its logits are not compared.
 - One process per engine and thread count. All but the one whose turn it is are suspended, so that threads that spin after
   a call take nobody's CPU. Engines take turns in every round, each round from another engine on; a few untimed calls
   lead each turn.
@@ -39,8 +39,9 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import peer_models  # noqa: E402 - found through the line above
 from latency import SHAPES  # noqa: E402 - found through the line above
-from peer_models import PEERS  # noqa: E402
 from peer_tables import FLOOR, OURS, summarise, table  # noqa: E402
 from train_step import commit  # noqa: E402
 
@@ -63,16 +64,18 @@ from bertemd_deploy.bench.memory import graph_bytes, weight_bytes  # noqa: E402
 from bertemd_deploy.bench.passes import DISTURBANCE, OVERRUN, calls_per_round  # noqa: E402
 from bertemd_deploy.bench.process import Worker  # noqa: E402
 from bertemd_deploy.console import note, progress  # noqa: E402
-from bertemd_deploy.errors import ArtifactError, MeasurementError  # noqa: E402
+from bertemd_deploy.errors import ArtifactError, BertemdError, MeasurementError  # noqa: E402
 from bertemd_deploy.files import read_json, sha256_file, sha256_json, write_text  # noqa: E402
 
 HERE = ("onnxruntime", "pytorch")  # peers that this interpreter runs unless --env says otherwise
 SMOKE = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 99}
+LONGEST = 512  # tokens of the student's position table
 LARGEST_DIFFERENCE = 1e-2  # of an fp32 engine's logits; GELU's approximation is within
 WARM_UP_SECONDS = 0.5
 LEAD_MS = 10.0  # of untimed calls before a turn
 MOST_LEADING_CALLS = 10
 MOST_SAMPLES = 24  # of a turn
+STOPPING_SECONDS = 2.0  # waited for a suspended process to stand still
 
 Ask = Callable[..., Any]
 Start = Callable[..., contextlib.AbstractContextManager[Ask]]
@@ -118,23 +121,30 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.15, help="of one engine's turn")
-    parser.add_argument("--peers", nargs="*", help=f"among {', '.join(PEERS)}, or single engines; default all")
+    parser.add_argument(
+        "--peers", nargs="*", help=f"among {', '.join(peer_models.PEERS)}, or single engines; default all"
+    )
     parser.add_argument("--env", action="append", default=[], metavar="PEER=PYTHON", help="interpreter that has a peer")
     parser.add_argument("--work", type=Path, help="keep exported models here, and use them again")
     parser.add_argument("--out", type=Path, help="write raw samples and machine facts here, as JSON")
     parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record as Markdown, measure nothing")
     parser.add_argument("--smoke", action="store_true", help="a tiny student: shows that everything runs")
     options = parser.parse_args(arguments)
-    engines = {f"{family} {name}": (family, name) for family, names in PEERS.items() for name in names}
-    asked = list(PEERS) if options.peers is None else options.peers
-    if unknown := [name for name in asked if name not in PEERS and name not in engines]:
-        parser.error(f"--peers: unknown {', '.join(unknown)}; known are {', '.join((*PEERS, *engines))}")
+    numbers = (*options.threads, *options.sequences, *options.batches, options.rounds)
+    if min(numbers) < 1 or max(options.sequences) > LONGEST or options.seconds <= 0:
+        parser.error(f"all numbers are above 0, and the student has positions for {LONGEST} tokens")
+    engines = {f"{family} {name}": (family, name) for family, names in peer_models.PEERS.items() for name in names}
+    asked = list(peer_models.PEERS) if options.peers is None else options.peers
+    if unknown := [name for name in asked if name not in peer_models.PEERS and name not in engines]:
+        parser.error(f"--peers: unknown {', '.join(unknown)}; known are {', '.join((*peer_models.PEERS, *engines))}")
     options.peers = [pair for label, pair in engines.items() if label in asked or pair[0] in asked]
     pythons = dict.fromkeys(HERE, sys.executable)
     for given in options.env:
         family, _, python = given.partition("=")
-        if family not in PEERS or not os.access(python, os.X_OK) or Path(python).is_dir():
-            parser.error(f"--env {given}: give PEER=PYTHON, a peer of {', '.join(PEERS)} and a Python that can be run")
+        if family not in peer_models.PEERS or not os.access(python, os.X_OK) or Path(python).is_dir():
+            parser.error(
+                f"--env {given}: give PEER=PYTHON, a peer of {', '.join(peer_models.PEERS)} and a Python that can be run"
+            )
         pythons[family] = python
     options.env = pythons
     return options
@@ -147,7 +157,10 @@ def main() -> None:
         return
     with contextlib.ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bertemd-peers-")))
-        record = measure(options, work=work, start=process)
+        try:
+            record = measure(options, work=work, start=process)
+        except BertemdError as error:
+            raise SystemExit(str(error)) from error
     if options.out:
         write_text(options.out, json.dumps(record, allow_nan=False) + "\n")
     print(table(record))
@@ -168,6 +181,9 @@ def process(name: str, *, python: str, threads: int) -> Iterator[Ask]:
             finally:
                 with contextlib.suppress(psutil.Error):
                     handle.suspend()
+                    until = time.monotonic() + STOPPING_SECONDS
+                    while handle.status() != psutil.STATUS_STOPPED and time.monotonic() < until:
+                        time.sleep(0.0005)
 
         try:
             yield ask
@@ -181,7 +197,7 @@ def measure(options: argparse.Namespace, *, work: Path, start: Start) -> dict[st
 
     Raises:
         MeasurementError: our export or the floor failed; a peer that fails is recorded.
-        ArtifactError: `options.artifact` is damaged, or of other sizes than the student.
+        ArtifactError: `options.artifact` is damaged, of other sizes than the student, or too short for the grid.
     """
     started, before = datetime.datetime.now(datetime.UTC), conditions()
     work = work.resolve()
@@ -191,9 +207,11 @@ def measure(options: argparse.Namespace, *, work: Path, start: Start) -> dict[st
     source = work / f"student-{student}"
     note(f"building the student and its exports in {work}")
     with start("student", python=sys.executable, threads=os.cpu_count() or 1) as ask:
-        logits = ask("student", sizes=sizes, folder=str(source), cells=shapes)["logits"]
+        config = ask("student", sizes=sizes, folder=str(source))
+        artifact = _artifact(options, config=config, source=source, out=work / f"ours-{student}", ask=ask)
+        vocabulary = min(of["vocab_size"] for of in (config, read_json(artifact.folder / "config.json", what="config")))
+        logits = ask("logits", source=str(source), vocabulary=vocabulary, cells=shapes)["logits"]
         reference = {shape: np.array(values) for shape, values in zip(shapes, logits, strict=True)}
-        artifact = _artifact(options.artifact, source=source, out=work / f"ours-{student}", ask=ask)
         floor = work / f"floor-{student}.onnx"
         asked = ask("floor", source=str(source), out=str(floor))["options"]
     int8 = [name for name in artifact.graphs() if GRAPH_PRECISION[name] == "int8"]
@@ -201,15 +219,11 @@ def measure(options: argparse.Namespace, *, work: Path, start: Start) -> dict[st
     engines = []
     for name in dict.fromkeys([*int8, auto]):
         path = artifact.graph(name)[1]
-        engines.append(
-            Engine(
-                OURS, name, GRAPH_PRECISION[name], "bertemd export", sys.executable, str(path), graph_bytes(path), {}
-            )
-        )
+        size, precision = graph_bytes(path), GRAPH_PRECISION[name]
+        engines.append(Engine(OURS, name, precision, "bertemd export", sys.executable, str(path), size, {}))
     how = "the matrix products alone"
     engines.append(Engine(FLOOR, "", "int8", how, sys.executable, str(floor), graph_bytes(floor), asked))
     built, missing, found = build(options, source=source, work=work, start=start)
-    vocabulary = read_json(source / "config.json", what="config")["vocab_size"]
     cells: list[dict[str, Any]] = []
     for threads in options.threads:
         cells += time_cells(
@@ -233,23 +247,23 @@ def measure(options: argparse.Namespace, *, work: Path, start: Start) -> dict[st
         "conditions": {"before": before, "after": conditions()},
         "versions": {OURS: versions(("numpy", "onnxruntime", "onnx", "torch", "transformers"))} | found,
         "ours": f"{OURS} {auto}",
-        "engines": {engine.label: _described(engine) for engine in (*engines, *built)},
+        "engines": {
+            engine.label: {key: getattr(engine, key) for key in ("family", "precision", "how", "bytes")}
+            for engine in (*engines, *built)
+        },
         "not_measured": missing,
         "cells": cells,
     }
     return record | {"summary": [summarise(cell, ours=record["ours"]) for cell in cells]}
 
 
-def _described(engine: Engine) -> dict[str, Any]:
-    return {key: value for key, value in asdict(engine).items() if key in ("family", "precision", "how", "bytes")}
-
-
-def _artifact(given: Path | None, *, source: Path, out: Path, ask: Ask) -> Artifact:
-    """Return the artifact named, once its sizes are those of the student in `source`; without one, a new export."""
+def _artifact(options: argparse.Namespace, *, config: Mapping[str, Any], source: Path, out: Path, ask: Ask) -> Artifact:
+    """Return the artifact named, once it fits the student's `config` and the grid; without one, a new export."""
+    given = options.artifact
     if given is None:
         ask("ours", source=str(source), out=str(out))
         return Artifact.load(out)
-    artifact, config = Artifact.load(given), read_json(source / "config.json", what="config")
+    artifact = Artifact.load(given)
     keys = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
     wanted = {ours: config[theirs] for ours, theirs in (keys | {"intermediate": "intermediate_size"}).items()}
     found = {key: artifact.manifest.get("student", {}).get(key) for key in wanted}
@@ -258,6 +272,9 @@ def _artifact(given: Path | None, *, source: Path, out: Path, ask: Ask) -> Artif
             f"{given}: a student for {artifact.kind} of sizes {found}; it is compared with classifiers of sizes {wanted}. "
             "Name the --student it was made as."
         )
+    positions = read_json(given / "config.json", what="config")["max_position_embeddings"]
+    if max(options.sequences) > positions:
+        raise ArtifactError(f"{given}: takes up to {positions} tokens. Give shorter --sequences.")
     return artifact
 
 
@@ -268,7 +285,8 @@ def build(
     engines: list[Engine] = []
     missing: dict[str, str] = {}
     found: dict[str, Any] = {}
-    weights = sha256_file(source / "model.safetensors")
+    files = (source / "model.safetensors", source / peer_models.PLAIN, Path(peer_models.__file__))
+    origin = [sha256_file(path) for path in files]
     for family in dict.fromkeys(family for family, _ in options.peers):
         names = [name for of, name in options.peers if of == family]
         python = options.env.get(family)
@@ -279,12 +297,12 @@ def build(
             for name in names:
                 try:
                     found[family] = found.get(family) or ask("versions", family=family)
-                    folder = work / f"{family}-{sha256_json([weights, found[family]])[:12]}"
+                    folder = work / f"{family}-{sha256_json([origin, found[family]])[:12]}"
                     path = Path(ask("build", family=family, name=name, source=str(source), folder=str(folder))["path"])
                 except MeasurementError as error:
                     missing[f"{family} {name}"] = _reason(error, label=family, work=work)
                     continue
-                peer = PEERS[family][name]
+                peer = peer_models.PEERS[family][name]
                 size = model_bytes(path)
                 engines.append(
                     Engine(family, name, peer.precision, peer.how, python, str(path), size, dict(peer.options))
@@ -362,7 +380,7 @@ def time_cells(
             for label, ask in asks.items():
                 try:
                     warm = ask("shape", batch=batch, sequence=sequence, vocabulary=vocabulary, seconds=WARM_UP_SECONDS)
-                    if warm["logits"] is not None:
+                    if warm["logits"] is not None and not (by_label[label].family == OURS and options.artifact):
                         differences[label] = difference(
                             np.array(warm["logits"]), expected, precision=by_label[label].precision, label=label
                         )

@@ -2,9 +2,9 @@
 
     python benchmarks/peer_engines.py    (started by export_peers.py, with the interpreter that has the engine's libraries)
 
-A JSON object a line on stdin, one on stdout for each. "student", "ours", "floor" and "build" write files; "open", "shape" and
-"turn" are the measured engine's. A failure is answered as {"error": text}, so that a peer that does not work is recorded with
-its reason.
+A JSON object a line on stdin, one on stdout for each. "student", "ours", "floor" and "build" write files, "logits" is what
+every engine should answer; "open", "shape" and "turn" are the measured engine's. A failure is answered as {"error": text}, so
+that a peer that does not work is recorded with its reason.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import peer_models  # noqa: E402 - found through the line above
 from peer_models import Inputs, cell_inputs, config_of, floor_sizes  # noqa: E402
+
+from bertemd_deploy.files import new_folder  # noqa: E402
 
 Call = Callable[[], Any]
 Prepare = Callable[[Inputs], Call]  # what an opened engine is: inputs of one shape in, the call to time out
@@ -90,16 +92,15 @@ def open_pytorch(path: Path, *, threads: int, options: Mapping[str, Any]) -> Pre
     from transformers import AutoModelForSequenceClassification
 
     torch.set_num_threads(threads)
-    torch.set_num_interop_threads(1)
     dtype = getattr(torch, options["dtype"])
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
 
     def prepare(inputs: Inputs) -> Call:
         run = model
         if options.get("compile"):
-            import torch._inductor.config
+            from torch._inductor import config
 
-            torch._inductor.config.freezing = True
+            config.freezing = True
             torch.compiler.reset()  # shapes of earlier cells would make this one dynamic
             run = torch.compile(model, dynamic=False)
         tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
@@ -170,11 +171,17 @@ class Worker:
         answer: dict[str, Any] = getattr(self, command)(**arguments)
         return answer
 
-    def student(self, *, sizes: dict[str, Any], folder: str, cells: list[list[int]]) -> dict[str, Any]:
-        """Write the student unless it is there; answer its logits in PyTorch fp32 for every cell, [batch, sequence]."""
-        out = peer_models.once(Path(folder), lambda partial: peer_models.write_student(partial, sizes))
-        prepare = open_pytorch(out, threads=os.cpu_count() or 1, options={"dtype": "float32"})
-        vocabulary = config_of(out)["vocab_size"]
+    def student(self, *, sizes: dict[str, Any], folder: str) -> dict[str, Any]:
+        """Write the student; answer its config."""
+        with new_folder(Path(folder)) as partial:
+            peer_models.write_student(partial, sizes)
+        return config_of(Path(folder))
+
+    def logits(self, *, source: str, vocabulary: int, cells: list[list[int]]) -> dict[str, Any]:
+        """Answer the student's logits in PyTorch fp32 for every cell, [batch, sequence]."""
+        import torch
+
+        prepare = open_pytorch(Path(source), threads=torch.get_num_threads(), options={"dtype": "float32"})
         inputs = [cell_inputs(batch=batch, sequence=sequence, vocabulary=vocabulary) for batch, sequence in cells]
         return {"logits": [prepare(given)().tolist() for given in inputs]}
 

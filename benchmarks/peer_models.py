@@ -53,7 +53,9 @@ PEERS: dict[str, dict[str, Peer]] = {
         "O3": Peer("fp32", "ORTOptimizer O3", {"optimize": True}),
         "avx512_vnni": Peer("int8", "ORTQuantizer avx512_vnni, dynamic", {"quantize": True}),
         "O3 avx512_vnni": Peer(
-            "int8", "ORTOptimizer O3, ORTQuantizer avx512_vnni, dynamic", {"optimize": True, "quantize": True}
+            "int8",
+            "ORTOptimizer O3, quant_pre_process, ORTQuantizer avx512_vnni, dynamic",
+            {"optimize": True, "quantize": True},
         ),
     },
     "onnxruntime": {
@@ -62,6 +64,11 @@ PEERS: dict[str, dict[str, Peer]] = {
         "dynamic": Peer("int8", "quant_pre_process, quantize_dynamic", {"quantize": "dynamic"}),
         "optimized dynamic": Peer(
             "int8", "optimize_model, quantize_dynamic", {"optimize": True, "quantize": "dynamic"}
+        ),
+        "fast optimized dynamic": Peer(
+            "int8",
+            "optimize_model with enable_gelu_approximation, quantize_dynamic",
+            {"optimize": True, "fast_gelu": True, "quantize": "dynamic"},
         ),
         "static minmax": Peer(
             "int8", "quant_pre_process, quantize_static: QDQ, U8S8, MinMax", {"quantize": "static", "method": "MinMax"}
@@ -172,8 +179,11 @@ def build_optimum(options: Mapping[str, Any], source: Path, folder: Path) -> Pat
     def optimize(out: Path) -> None:
         optimizer = ORTOptimizer.from_pretrained(ORTModelForSequenceClassification.from_pretrained(folder / "plain"))
         optimizer.optimize(save_dir=out, optimization_config=AutoOptimizationConfig.O3(), file_suffix="")
-        # Without the types of fused operators' outputs the quantizer stops.
-        quant_pre_process(out / "model.onnx", out / "model.onnx", skip_optimization=True, skip_onnx_shape=True)
+
+    def add_types(out: Path) -> None:  # of fused operators' outputs, without which the quantizer stops
+        out.mkdir()
+        shutil.copyfile(folder / "O3" / "config.json", out / "config.json")
+        quant_pre_process(folder / "O3" / "model.onnx", out / "model.onnx", skip_optimization=True, auto_merge=True)
 
     def quantize(out: Path) -> None:
         setting = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
@@ -183,6 +193,8 @@ def build_optimum(options: Mapping[str, Any], source: Path, folder: Path) -> Pat
     base = once(folder / "plain", export)
     if options.get("optimize"):
         base = once(folder / "O3", optimize)
+    if options.get("optimize") and options.get("quantize"):
+        base = once(folder / "O3-typed", add_types)
     if options.get("quantize"):
         base = once(folder / f"{base.name}-avx512_vnni", quantize)
     return base / "model.onnx"
@@ -193,6 +205,7 @@ def build_onnxruntime(options: Mapping[str, Any], source: Path, folder: Path) ->
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.transformers.onnx_model_bert import BertOnnxModel
 
     from bertemd_deploy.fuse import check_counts, fused_counts, optimize
     from bertemd_deploy.onnx_edit import save
@@ -204,7 +217,12 @@ def build_onnxruntime(options: Mapping[str, Any], source: Path, folder: Path) ->
             onnx.load_model(source / PLAIN), heads=config["num_attention_heads"], hidden=config["hidden_size"]
         )
         check_counts(fused_counts(fused), layers=config["num_hidden_layers"])
+        if options.get("fast_gelu"):
+            BertOnnxModel(fused, config["num_attention_heads"], config["hidden_size"]).gelu_approximation()
         save(fused, out)
+
+    def pre_process(out: Path) -> None:
+        quant_pre_process(source / PLAIN, out, auto_merge=True)
 
     def quantize(out: Path) -> None:
         if options["quantize"] == "dynamic":
@@ -226,9 +244,9 @@ def build_onnxruntime(options: Mapping[str, Any], source: Path, folder: Path) ->
 
     base = source / PLAIN
     if options.get("optimize"):
-        base = once(folder / "optimized.onnx", fuse)
+        base = once(folder / ("fast-optimized.onnx" if options.get("fast_gelu") else "optimized.onnx"), fuse)
     elif options.get("quantize"):
-        base = once(folder / "pre_processed.onnx", lambda out: quant_pre_process(source / PLAIN, out))
+        base = once(folder / "pre_processed.onnx", pre_process)
     if options.get("quantize"):
         setting = (options["quantize"], options.get("method"), "products" if options.get("products") else None)
         base = once(folder / f"{'-'.join(filter(None, (base.stem, *setting)))}.onnx", quantize)
