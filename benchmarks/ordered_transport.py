@@ -26,7 +26,7 @@ import torch  # noqa: E402 - found through the line above
 from torch import Tensor  # noqa: E402
 
 from bertemd_deploy import distill as stage  # noqa: E402
-from bertemd_deploy import pipeline  # noqa: E402
+from bertemd_deploy import pipeline, stages  # noqa: E402
 from bertemd_deploy.bench.environment import device, versions  # noqa: E402
 from bertemd_deploy.config import options_recipe  # noqa: E402
 from bertemd_deploy.errors import BertemdError  # noqa: E402
@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "distill.learning_rate=5e-5",
             ]
         )
-        data, max_length = pipeline.load_recipe_data(recipe.data)
+        data, max_length = stages.load_recipe_data(recipe.data)
         teacher = options.work / f"{name}-teacher"
         shared = {"data": data.sha256, "max_length": max_length}
         pipeline.stand_alone(
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             teacher,
             inputs=finetune_inputs(recipe, Path(options.model), shared),
             force=False,
-            train=lambda work, **more: pipeline.finetune_stage(recipe, data, max_length, work, **more),  # noqa: B023
+            train=lambda work, **more: stages.finetune_stage(recipe, data, max_length, work, **more),  # noqa: B023
         )
         for seed in options.seeds:
             for variant in VARIANTS:
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                         options.work / f"{name}-{variant}-{seed}",
                         inputs=distill_inputs(one, teacher, shared) | {"variant": variant},
                         force=False,
-                        train=lambda work, **more: pipeline.distill_stage(
+                        train=lambda work, **more: stages.distill_stage(
                             one, teacher, data, max_length, work, **more  # noqa: B023
                         ),
                     )  # fmt: skip

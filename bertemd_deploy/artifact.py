@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bertemd_deploy.answers import Answers
+from bertemd_deploy.compatibility import release_fault
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import ArtifactError
 from bertemd_deploy.files import inside, read_json, sha256_file
+from bertemd_deploy.targets import check_isa
 from bertemd_deploy.tasks import Kind
 
 SCHEMA_VERSION = 1
@@ -33,9 +35,10 @@ GRAPHS = {
     "int8": "onnx/model_quantized.onnx",
     "fused": "onnx/model_fused.onnx",
     "fused-int8": "onnx/model_fused_quantized.onnx",
+    "fp16": "onnx/model_fp16.onnx",
 }
-GRAPH_PRECISION = {"fp32": "fp32", "int8": "int8", "fused": "fp32", "fused-int8": "int8"}
-FASTEST_FIRST = ("fused-int8", "int8", "fused", "fp32")
+GRAPH_PRECISION = {"fp32": "fp32", "int8": "int8", "fused": "fp32", "fused-int8": "int8", "fp16": "fp16"}
+FASTEST_FIRST = ("fused-int8", "int8", "fused", "fp32", "fp16")
 
 
 NOT_SCORED = -100  # label of a token that no loss and no metric counts
@@ -239,7 +242,8 @@ class Artifact:
         """Return a graph's name and checked path; "auto" takes the fastest kind present.
 
         Raises:
-            ArtifactError: unknown or absent graph, or a damaged file.
+            ArtifactError: unknown or absent graph, a damaged file, or one that this CPU or ONNX Runtime would not compute as
+                it was measured.
         """
         present = self.graphs()
         if not present:
@@ -248,7 +252,27 @@ class Artifact:
             name = next(candidate for candidate in FASTEST_FIRST if candidate in present)
         if name not in present:
             raise ArtifactError(f"{self.folder}: no graph {name!r}; this artifact has: {', '.join(present)}.")
-        return name, self.file(GRAPHS[name])
+        path = self.file(GRAPHS[name])
+        self._check_requirements(name)
+        return name, path
+
+    def _check_requirements(self, graph: str) -> None:
+        import onnxruntime
+
+        from bertemd_deploy.bench.environment import instruction_sets
+
+        requires = self.manifest.get("requires")
+        check_isa(requires, graph=graph, found=instruction_sets())
+        releases = requires.get("onnxruntime") if isinstance(requires, dict) else None
+        needed = releases.get(graph) if isinstance(releases, dict) else None
+        if not isinstance(needed, str):
+            return  # of an older version, which did not tell
+        try:
+            fault = release_fault(needed, installed=onnxruntime.__version__)
+        except ValueError as error:
+            raise ArtifactError(f"{self.folder / MANIFEST}: requires.onnxruntime: {error}. Export again.") from error
+        if fault is not None:
+            raise ArtifactError(f"graph {graph!r}: {fault}. Update onnxruntime, or load another graph.")
 
     def evaluation(self) -> DataSlice:
         """Return the evaluation slice (dev examples, gold labels)."""

@@ -38,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Quantize = Literal["dynamic", "none"]
+Quantize = Literal["dynamic", "static", "float16", "none"]
 LayerMapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
 
 
@@ -126,7 +126,7 @@ def finetune(
     json_: Json = False,
 ) -> None:
     """Fine-tune a pretrained encoder into a task teacher."""
-    from bertemd_deploy import pipeline
+    from bertemd_deploy import pipeline, stages
     from bertemd_deploy.checkpoints import find_model
     from bertemd_deploy.stage_inputs import finetune_inputs
 
@@ -137,7 +137,7 @@ def finetune(
     }
     recipe = options_to_recipe(None, given, set_)
     launch_processes()
-    loaded, max_length = pipeline.load_recipe_data(recipe.data)
+    loaded, max_length = stages.load_recipe_data(recipe.data)
     folder = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
     inputs = finetune_inputs(recipe, folder, {"data": loaded.sha256, "max_length": max_length})
     record = pipeline.stand_alone(
@@ -145,7 +145,7 @@ def finetune(
         out,
         inputs=inputs,
         force=force,
-        train=lambda work, **extra: pipeline.finetune_stage(
+        train=lambda work, **extra: stages.finetune_stage(
             recipe, loaded, max_length, work, max_minutes=max_minutes, **extra
         ),
     )
@@ -178,7 +178,7 @@ def distill(
     json_: Json = False,
 ) -> None:
     """Distil a fine-tuned teacher into a student, or with --compare into one per layer mapping."""
-    from bertemd_deploy import pipeline
+    from bertemd_deploy import pipeline, stages
     from bertemd_deploy.checkpoints import find_model
     from bertemd_deploy.stage_inputs import distill_inputs
 
@@ -202,14 +202,14 @@ def distill(
         from bertemd_deploy import comparison
 
         students = comparison.read_options(compare, seeds, given=given["distill"], overrides=set_ or [])
-        loaded, max_length = pipeline.load_recipe_data(resolved.data)
+        loaded, max_length = stages.load_recipe_data(resolved.data)
         folder = find_model(resolved.teacher.model, sha256=resolved.teacher.sha256)
         record = comparison.compare_mappings(
             resolved, folder, loaded, max_length, *students, out=out, force=force, max_minutes=max_minutes
         )
         show(record, as_json=json_, summary=[comparison.text_table(record), str(out)])
         return
-    loaded, max_length = pipeline.load_recipe_data(resolved.data)
+    loaded, max_length = stages.load_recipe_data(resolved.data)
     folder = find_model(resolved.teacher.model, sha256=resolved.teacher.sha256)
     inputs = distill_inputs(resolved, folder, {"data": loaded.sha256, "max_length": max_length})
     record = pipeline.stand_alone(
@@ -217,7 +217,7 @@ def distill(
         out,
         inputs=inputs,
         force=force,
-        train=lambda work, **extra: pipeline.distill_stage(
+        train=lambda work, **extra: stages.distill_stage(
             resolved, folder, loaded, max_length, work, max_minutes=max_minutes, **extra
         ),
     )
@@ -263,8 +263,14 @@ def export(
     student: Annotated[Path, typer.Argument(help="Student folder (Hugging Face, safetensors).")],
     out: Out,
     onnx: Annotated[bool, typer.Option("--onnx", help="Format of the artifact: ONNX, the only one there is.")] = True,
-    quantize: Annotated[Quantize, typer.Option(help="Int8 quantization.")] = "dynamic",
+    quantize: Annotated[
+        Quantize, typer.Option(help="Int8 with scales measured at each call, or known; float16; none.")
+    ] = "dynamic",
     max_drop: Annotated[float, typer.Option(help="Points (0.01) of the task's metric int8 may lose.")] = 1.0,
+    target: Annotated[
+        str,
+        typer.Option(help="CPUs that int8 has to be exact enough on: portable, auto (this one), x86-avx2, arm64, ..."),
+    ] = "portable",
     exporter: Annotated[
         Literal["torchscript", "dynamo"] | None, typer.Option(help="Which of torch's ONNX exporters.")
     ] = None,
@@ -275,19 +281,19 @@ def export(
     json_: Json = False,
 ) -> None:
     """Export a student to a parity-checked, accuracy-gated ONNX artifact."""
-    from bertemd_deploy import pipeline
+    from bertemd_deploy import stages
     from bertemd_deploy.artifact import Artifact
 
     given: dict[str, dict[str, Any]] = {
         "teacher": {"model": str(student)},
         "data": {"path": data or "demo", "task": task},
         "student": {"name": "4L"},
-        "export": {"exporter": exporter},
+        "export": {"exporter": exporter, "target": target},
         "quantize": {"mode": quantize, "max_drop": max_drop},
     }
     recipe = options_to_recipe(None, given, set_)
-    folder = pipeline.export_stage(recipe, student, out, data=data, force=force)
-    record = pipeline.export_record(Artifact.load(folder))
+    folder = stages.export_stage(recipe, student, out, data=data, force=force)
+    record = stages.export_record(Artifact.load(folder))
     lines = [f"{name:<12} {metrics_text(values)}" for name, values in record["metrics"].items()]
     sizes = [f"{name:<34} {size / 1e6:8.2f} MB" for name, size in record["bytes"].items()]
     show(record, as_json=json_, summary=[*lines, *sizes, str(folder)])

@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bertemd_deploy import pipeline
+from bertemd_deploy import pipeline, stages
 from bertemd_deploy.checkpoints import check_folder, checked_encoder
 from bertemd_deploy.config import Recipe, build_recipe
 from bertemd_deploy.console import note
@@ -161,7 +161,7 @@ def compare_mappings(
                 out / f"{name}-seed{seed}",
                 inputs=distill_inputs(variant, teacher, shared),
                 force=force,
-                train=lambda work, variant=variant, **extra: pipeline.distill_stage(
+                train=lambda work, variant=variant, **extra: stages.distill_stage(
                     variant, teacher, data, max_length, work, max_minutes=_minutes_until(deadline), **extra
                 ),
             )

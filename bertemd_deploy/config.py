@@ -29,6 +29,7 @@ from bertemd_deploy.settings import (
     StudentSettings,
     TeacherSettings,
 )
+from bertemd_deploy.targets import AUTO, TARGETS
 from bertemd_deploy.tasks import TASKS, column_fault, task_name
 
 
@@ -272,6 +273,12 @@ def _combination_faults(recipe: Recipe) -> list[str]:
     distill = recipe.distill
     if distill.alpha == 0 and distill.beta == 0 and distill.mapping != "none":
         faults.append("distill: alpha 0 and beta 0 leave nothing of the teacher; raise one, or use mapping: none")
+    if distill.quant_aware and distill.quant_aware_epochs > distill.epochs:
+        faults.append(
+            f"distill.quant_aware_epochs is {distill.quant_aware_epochs}, distill.epochs {distill.epochs}; lower the first"
+        )
+    if distill.quant_aware_epochs != 1 and not distill.quant_aware:
+        faults.append("distill.quant_aware_epochs only acts with quant_aware: true; remove it or switch")
     if distill.emd_temperature != 1 and distill.cost_attention == "ratio" and distill.mapping == "emd":
         faults.append("distill.emd_temperature only acts with cost_attention: softmax; remove it or switch")
     kind = TASKS[recipe.data.task].kind if recipe.data.task in TASKS else None
@@ -281,6 +288,14 @@ def _combination_faults(recipe: Recipe) -> list[str]:
     unknown = [graph for graph in graphs if graph not in GRAPHS]
     if unknown:
         faults.append(f"bench.graphs: unknown {', '.join(unknown)}; known: {', '.join(GRAPHS)}")
-    if recipe.quantize.mode == "none" and any("int8" in graph for graph in graphs):
-        faults.append("bench.graphs asks for int8 graphs, but quantize.mode is none; name graphs [fp32, fused]")
+    mode = recipe.quantize.mode
+    if mode in ("none", "float16") and any("int8" in graph for graph in graphs):
+        faults.append(f"bench.graphs asks for int8 graphs, but quantize.mode is {mode}; name graphs [fp32, fused]")
+    if mode == "float16" and not recipe.quantize.float16_on_cpu:
+        faults.append(
+            "quantize.mode: float16 is for GPUs, and every target is a CPU, where it is slower than fp32; set "
+            "quantize.float16_on_cpu to true to write it all the same"
+        )
+    if recipe.export.target not in (*TARGETS, AUTO):
+        faults.append(f"export.target: unknown {recipe.export.target!r}; known: {', '.join((*TARGETS, AUTO))}")
     return faults

@@ -17,6 +17,7 @@ from bertemd_deploy.metrics import decisions
 from bertemd_deploy.tasks import Kind
 
 TIE = 1e-4  # difference of two of the expected logits; a tenth of what parity allows of each
+SPREAD = 0.25  # of the standard deviation; a regression's number that moves further counts as another
 
 
 def same_decisions(

@@ -110,6 +110,12 @@ def distill(
     )
     trained.to(device)
     quicken(trained.student)
+    first_aware = settings.epochs - settings.quant_aware_epochs + 1
+    aware = None
+    if settings.quant_aware:
+        from bertemd_deploy.quantization.aware import prepare
+
+        aware = prepare(trained.student, first_step=(first_aware - 1) * math.ceil(len(train) / settings.batch_size))
     mapping = LayerMapping(
         settings.mapping,
         sizes["teacher_layers"],
@@ -122,6 +128,7 @@ def distill(
     if bfloat16:
         keep_products_in_bfloat16(teacher)
     objective = Objective(teacher, trained, mapping, settings, kind=kind, bfloat16=bfloat16, processes=processes)
+    objective.aware = aware
     cached = _teacher_cache(objective, checkpoints / "teacher-cache", train, max_length=max_length, settings=settings)
     done = fit(
         trained,
@@ -137,6 +144,7 @@ def distill(
             settings.checkpoint_seconds,
             settings.micro_batch_size,
             max_minutes,
+            best_from=first_aware if aware is not None else 1,
         ),
         data=train,
         pad_id=encoder.pad_id,
@@ -153,6 +161,9 @@ def distill(
     )
     if cached is not None:
         cached.close(remove=processes.main)
+    ranges = None if aware is None else aware.trained()
+    if aware is not None:
+        aware.release()
     metrics = {"teacher": teacher_metrics, "student": done.epochs[done.best_epoch - 1]}
     summary = summarise(log) | sizes | {
         "mapping": settings.mapping,
@@ -187,6 +198,8 @@ def distill(
         with new_file(folder / SLICES) as partial:
             write_slices(partial, {"evaluation": dev, "calibration": calibration})
         write_json(folder / FACTS, facts)
+        if ranges is not None:
+            ranges.write(folder)
         if beside is not None:
             beside(folder, record)
 

@@ -226,6 +226,29 @@ class TextEncoder:
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
 
+def decoded(tokenizer: Tokenizer, examples: Encoded) -> tuple[list[str], list[str] | None]:
+    """Return the rows as texts again, special tokens left out; second segments too where a row has one, else None.
+
+    Segments are told apart by their types, or, where a tokenizer gives both the same, by the special tokens between them.
+    What the tokenizer dropped (case, accents, runs of blanks) is not brought back.
+    """
+    typed = bool(examples.types.any())
+    frame = np.unique(tokenizer.encode("", "").ids).astype(np.int64)  # what it puts around and between segments
+    segments: tuple[list[str], list[str]] = ([], [])
+    for row in range(len(examples)):
+        piece = slice(examples.offsets[row], examples.offsets[row + 1])
+        tokens = examples.tokens[piece]
+        second = examples.types[piece] == 1 if typed else _behind_first(~np.isin(tokens, frame))
+        for chosen, texts in zip((~second, second), segments, strict=True):
+            texts.append(tokenizer.decode(tokens[chosen].tolist(), skip_special_tokens=True))
+    return segments[0], segments[1] if typed or any(segments[1]) else None
+
+
+def _behind_first(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which places lie behind the first unbroken run of `inside`."""
+    return np.asarray(np.cumsum(np.diff(inside.astype(np.int8), prepend=0) == -1) > 0)
+
+
 def check_unicode(texts: Iterable[str], *, first: int = 1) -> None:
     """Refuse texts that no tokenizer can read: with half of a surrogate pair, as bytes that are not UTF-8 become.
 

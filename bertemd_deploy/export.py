@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from torch import nn
 
-from bertemd_deploy.artifact import EVALUATION, GRAPHS, MANIFEST, Artifact, DataSlice, write_slices
+from bertemd_deploy.artifact import EVALUATION, GRAPH_PRECISION, GRAPHS, MANIFEST, Artifact, DataSlice, write_slices
 from bertemd_deploy.bert_graph import (
     check_shapes,
     export_fp32,
@@ -31,24 +31,29 @@ from bertemd_deploy.bert_graph import (
 )
 from bertemd_deploy.console import note, progress
 from bertemd_deploy.encoding import TextEncoder
-from bertemd_deploy.errors import ExportError
+from bertemd_deploy.errors import ExportError, GateError
 from bertemd_deploy.files import claim_folder, new_folder, write_json, write_text
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.gate import (
     Reference,
     check_parity,
     discard_rejected,
+    keep_rejected,
     measure_parity,
     parity_reference,
     score,
 )
 from bertemd_deploy.handout import model_card, write_tokenizer
+from bertemd_deploy.invariance import Bound, bound_of, check_invariance, measure_invariance
 from bertemd_deploy.manifest import Build, describe, describe_files
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.onnx_edit import save, set_metadata
+from bertemd_deploy.quantization.aware import TrainedRanges, graph_ranges
+from bertemd_deploy.quantization.half import to_half
 from bertemd_deploy.quantization.search import Int8Search
 from bertemd_deploy.runtime import collect_logits
 from bertemd_deploy.settings import ExportSettings, QuantizeSettings
+from bertemd_deploy.targets import check_graph, resolve
 from bertemd_deploy.tasks import Kind
 
 __all__ = ["export", "export_fp32"]
@@ -68,6 +73,7 @@ def export(
     distillation: Mapping[str, Any] | None,
     settings: ExportSettings,
     quantization: QuantizeSettings,
+    vocabulary: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Artifact:
     """Write the artifact of a student and return it.
@@ -83,16 +89,20 @@ def export(
         teacher: name, layers and sha256, for the manifest.
         reference_metrics: metrics measured elsewhere, such as the teacher's, by model.
         distillation: how the student was made, for the manifest.
-        settings: exporter and operator set.
-        quantization: int8 mode and the points it may lose.
+        settings: exporter, operator set and target.
+        quantization: what smaller graphs are made, and what they may cost.
+        vocabulary: how it was trimmed, for the manifest; None where it is whole.
         force: write into `out` though it holds something else; files there that export does not write stay.
 
     Raises:
         ModelError: the student folder is incomplete or does not fit `labels`.
-        ExportError: a graph could not be exported, fused or quantized.
-        GateError: parity or accuracy missed; the graph is kept in `out` as `onnx/*.rejected.onnx`, all else as it was.
+        RecipeError: there is no such target, or float16 is asked for on a CPU.
+        ExportError: a graph could not be exported, fused or quantized, or would not load on the target.
+        GateError: parity, accuracy or invariance missed; the graph is kept in `out` as `onnx/*.rejected.onnx`, all else
+            as it was.
         ArtifactError: `out` holds something else, or cannot be written.
     """
+    target = resolve(settings.target)
     discard_rejected(out)
     claim_folder(out, marker=MANIFEST, force=force)
     kind: Kind = task["kind"]
@@ -106,7 +116,7 @@ def export(
         (folder / "onnx").mkdir()
         names = {} if kind == "question-answering" else {"id2label": dict(enumerate(labels)) or {0: "LABEL_0"}}
         metadata = names | {"task": task["name"], "kind": kind, "max_length": max_length}
-        build = Build(folder, out, metadata, labels, settings.opset)
+        build = Build(folder, out, metadata, labels, settings.opset, target, vocabulary)
         write_tokenizer(student, folder, max_length=max_length)
         write_json(folder / "config.json", _model_config(student, kind=kind, **names))
         write_slices(folder / EVALUATION, {"evaluation": evaluation, "calibration": calibration})
@@ -123,8 +133,14 @@ def export(
         build.metrics["student"] = evaluate_metrics(metrics, logits=logits, part=evaluation, label_names=labels)
         for graph in ("fp32", "fused"):
             _score(build, graph, metrics, part=evaluation, pad_id=pad_id)
-        if quantization.mode == "dynamic":
-            _write_int8(build, reference, metrics=metrics, slices=slices, pad_id=pad_id, limits=quantization)
+        if quantization.mode in ("dynamic", "static"):
+            trained = TrainedRanges.read(student) if quantization.mode == "static" else None
+            _write_int8(
+                build, reference, model, trained, metrics=metrics, slices=slices, pad_id=pad_id, limits=quantization
+            )
+        elif quantization.mode == "float16":
+            _write_half(build, reference, metrics=metrics, part=evaluation, pad_id=pad_id, limits=quantization)
+        _judge_invariance(build, reference.kind, part=evaluation, pad_id=pad_id, limits=quantization)
         manifest = describe(
             build,
             model,
@@ -200,6 +216,8 @@ def _write_fp32(build: Build, model: nn.Module, *, settings: ExportSettings) -> 
         set_metadata(build.graphs[graph], build.metadata)
         save(build.graphs[graph], build.path(graph))
         build.shapes = check_shapes(build.path(graph), model=model, name=build.path(graph).name)
+        if (graph == "fused") == (build.target.graph == "fused"):
+            check_graph(build.target, build.graphs[graph], name=build.path(graph).name)
 
 
 def _judge_fp32(build: Build, reference: Reference) -> None:
@@ -232,6 +250,8 @@ def _student_logits(model: nn.Module, part: DataSlice, *, pad_id: int) -> NDArra
 def _write_int8(
     build: Build,
     reference: Reference,
+    model: nn.Module,
+    trained: TrainedRanges | None,
     *,
     metrics: Sequence[str],
     slices: tuple[DataSlice, DataSlice],
@@ -241,16 +261,25 @@ def _write_int8(
     evaluation, calibration = slices
     for graph, source in (("int8", "fp32"), ("fused-int8", "fused")):
         note(f"{GRAPHS[graph]}: quantizing, {metrics[0]} may lose {limits.max_drop:g} points")
+        learnt: dict[str, Any] = {}
+        if trained is not None:
+            ranges = graph_ranges(build.graphs[source], student=model, trained=trained)
+            learnt = {"trained_ranges": ranges, "granularities": (trained.per_channel,)}
         search = Int8Search(
             build.graphs[source],
             fused=source == "fused",
             metrics=metrics,
-            reference=build.metrics["student"][metrics[0]],
+            reference=build.gate_reference(metrics[0]),
             max_drop=limits.max_drop,
             evaluation=evaluation,
             calibration=calibration,
             pad_id=pad_id,
             label_names=build.labels,
+            kind=reference.kind,
+            target=build.target,
+            embedding_bits=limits.embedding_bits,
+            mode="static" if limits.mode == "static" else "dynamic",
+            **learnt,
         )
         path = build.path(graph)
         build.chosen[graph] = search.run(path, out=build.out)
@@ -258,6 +287,52 @@ def _write_int8(
         build.graphs[graph] = onnx.load_model(path)
         build.parity[graph] = measure_parity(path, reference).record()
         _score(build, graph, metrics, part=evaluation, pad_id=pad_id)
+
+
+def _write_half(
+    build: Build,
+    reference: Reference,
+    *,
+    metrics: Sequence[str],
+    part: DataSlice,
+    pad_id: int,
+    limits: QuantizeSettings,
+) -> None:
+    graph, path = "fp16", build.path("fp16")
+    build.graphs[graph] = to_half(build.graphs["fp32"], device="cpu", force=limits.float16_on_cpu)
+    save(build.graphs[graph], path)
+    build.parity[graph] = measure_parity(path, reference).record()
+    _score(build, graph, metrics, part=part, pad_id=pad_id)
+    before, after = build.gate_reference(metrics[0]), build.metrics[graph][metrics[0]]
+    if (before - after) * 100 > limits.max_drop:
+        kept = keep_rejected(path, out=build.out)
+        raise GateError(
+            f"{path.name} loses too much {metrics[0]} against the fp32 student ({after:.4f} against {before:.4f}; allowed "
+            f"{limits.max_drop:g} points). Kept as {kept.name}. Raise quantize.max_drop, or set quantize.mode to none."
+        )
+
+
+def _judge_invariance(build: Build, kind: Kind, *, part: DataSlice, pad_id: int, limits: QuantizeSettings) -> None:
+    longest = int(build.metadata["max_length"])
+    for graph in build.graphs:
+        found = measure_invariance(
+            build.path(graph),
+            examples=part.examples,
+            pad_id=pad_id,
+            kind=kind,
+            max_length=longest,
+            bound=_bound(graph, limits),
+        )
+        check_invariance(found, build.path(graph), out=build.out)
+        build.invariance[graph] = found.record()
+
+
+def _bound(graph: str, limits: QuantizeSettings) -> Bound:
+    if graph == "fp16":  # sums in 11 bits: logits may move, decisions may not
+        return Bound("float", max_abs_logit_difference=None, changed_decision_share=0.0)
+    if GRAPH_PRECISION[graph] == "fp32":
+        return bound_of("float")
+    return bound_of("fixed") if limits.mode == "static" else bound_of("per-tensor", max_changed=limits.max_changed)
 
 
 def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:

@@ -14,16 +14,18 @@ from torch import nn
 
 from bertemd_deploy.artifact import GRAPHS, SCHEMA_VERSION, DataSlice
 from bertemd_deploy.bench.environment import versions
+from bertemd_deploy.compatibility import oldest_onnxruntime
+from bertemd_deploy.errors import ExportError
 from bertemd_deploy.files import sha256_file
 from bertemd_deploy.gate import PARITY_TOLERANCE
 from bertemd_deploy.onnx_edit import histogram
-from bertemd_deploy.quantization.dynamic import ACTIVATION_TYPE, REDUCE_RANGE, WEIGHT_TYPE, operators
+from bertemd_deploy.quantization.dynamic import ACTIVATION_TYPE, operators
 from bertemd_deploy.quantization.search import Trial
 from bertemd_deploy.settings import ExportSettings, QuantizeSettings
+from bertemd_deploy.sizes import component_sizes, stored_twice
+from bertemd_deploy.targets import Target, requirements
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
-# x86 without these adds two products in 16 bits and saturates where weights and activations are both extreme.
-EXACT_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "neon")
 
 
 @dataclass
@@ -35,10 +37,13 @@ class Build:
     metadata: dict[str, Any]
     labels: Sequence[str]
     opset: int
+    target: Target
+    vocabulary: Mapping[str, Any] | None
     shapes: list[list[int]] = field(default_factory=list)
     graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
+    invariance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     chosen: dict[str, Trial] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
@@ -46,6 +51,11 @@ class Build:
     def path(self, graph: str) -> Path:
         """Return where a graph is being written."""
         return self.folder / GRAPHS[graph]
+
+    def gate_reference(self, metric: str) -> float:
+        """Return what smaller graphs are held against: the metric of the student, before its vocabulary was trimmed."""
+        whole = self.metrics["student"] if self.vocabulary is None else self.vocabulary["metrics"]["full"]
+        return float(whole[metric])
 
 
 def describe(
@@ -77,11 +87,13 @@ def describe(
         },
         "teacher": dict(teacher) if teacher is not None else None,
         "distillation": dict(distillation) if distillation is not None else None,
+        "vocabulary": dict(build.vocabulary) if build.vocabulary is not None else None,
         "export": {**asdict(settings), "shapes": build.shapes},
         "parity": {"max_abs_logit_difference_allowed": PARITY_TOLERANCE, "graphs": build.parity},
+        "invariance": build.invariance,
         "metrics": {name: dict(values) for name, values in reference_metrics.items()} | build.metrics,
         "quantization": _quantization(build, quantization),
-        "requires": {"isa": [], "int8_exact_with_any_of": list(EXACT_INT8)},
+        "requires": _requires(build),
         "versions": versions(PACKAGES),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -94,26 +106,39 @@ def _no_answer(slices: Sequence[DataSlice]) -> dict[str, bool]:
     return {"no_answer": any(found)} if found else {}
 
 
+def _requires(build: Build) -> dict[str, Any]:
+    """Return what the graphs need of a CPU and of ONNX Runtime, by graph."""
+    weights = {graph: trial.weights for graph, trial in build.chosen.items()}
+    harmless = [graph for graph, trial in build.chosen.items() if trial.saturating_metric is not None]
+    releases = {graph: oldest_onnxruntime(model) for graph, model in build.graphs.items()}
+    return requirements(build.target, weights=weights, harmless=harmless) | {"onnxruntime": releases}
+
+
 def _quantization(build: Build, settings: QuantizeSettings) -> dict[str, Any]:
     """Return the manifest's entry; what may differ between the graphs is keyed by graph."""
-    found = {graph: operators(build.graphs["fused" if graph == "fused-int8" else "fp32"]) for graph in build.chosen}
+    chosen = build.chosen
+    found = {graph: operators(build.graphs["fused" if graph == "fused-int8" else "fp32"]) for graph in chosen}
     return {
         **asdict(settings),
         "activation_type": ACTIVATION_TYPE,
-        "weight_type": WEIGHT_TYPE,
-        "reduce_range": REDUCE_RANGE,
-        "per_channel": {graph: trial.per_channel for graph, trial in build.chosen.items()},
+        "weight_type": {graph: trial.weights.weight_type for graph, trial in chosen.items()},
+        "reduce_range": {graph: trial.weights.reduce_range for graph, trial in chosen.items()},
+        "per_channel": {graph: trial.per_channel for graph, trial in chosen.items()},
+        "method": {graph: trial.method for graph, trial in chosen.items()},
         "operators": {
-            graph: [name for name in found[graph] if name not in trial.excluded]
-            for graph, trial in build.chosen.items()
+            graph: [name for name in found[graph] if name not in trial.excluded] for graph, trial in chosen.items()
         },
-        "excluded": {graph: trial.excluded for graph, trial in build.chosen.items()},
-        "trials": [asdict(trial) for trial in build.trials],
+        "excluded": {graph: trial.excluded for graph, trial in chosen.items()},
+        "trials": [trial.record() for trial in build.trials],
     }
 
 
 def describe_files(build: Build) -> dict[str, Any]:
-    """Return the manifest's entry for every file in the folder: hash, size, and of graphs what they are made of."""
+    """Return the manifest's entry for every file in the folder: hash, size, and of graphs what they are made of.
+
+    Raises:
+        ExportError: a graph holds a constant twice.
+    """
     names = {GRAPHS[name]: name for name in build.graphs}
     entries: dict[str, Any] = {}
     for path in sorted(path for path in build.folder.rglob("*") if path.is_file()):
@@ -121,11 +146,16 @@ def describe_files(build: Build) -> dict[str, Any]:
         entries[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         if name in names:
             graph = build.graphs[names[name]]
+            if twice := stored_twice(graph):
+                raise ExportError(
+                    f"{name}: {' and '.join(twice[0])} are stored twice. Set export.exporter to the other one."
+                )
             entries[name] |= {
                 "opset": build.opset,
                 "ir_version": graph.ir_version,
                 "operators": histogram(graph),
                 "fused": build.fused if names[name].startswith("fused") else None,
+                "components": component_sizes(path),
             }
     return entries
 

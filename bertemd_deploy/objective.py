@@ -8,7 +8,7 @@ and, the flow known, once more with them, under the same dropout.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from bertemd_deploy.processes import Processes
 from bertemd_deploy.settings import DistillSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.training import Outcome
+
+if TYPE_CHECKING:
+    from bertemd_deploy.quantization.aware import QuantAware
 
 
 class TeacherCache(Protocol):
@@ -97,10 +100,13 @@ class Objective:
         self.device = next(trained.parameters()).device
         self.number = 0  # of the batch at hand
         self.cache: TeacherCache | None = None  # used instead of running the teacher, where it is set
+        self.aware: QuantAware | None = None  # the trained student's, where it is prepared for int8
 
     def __call__(self, batch: Batch) -> Outcome:
         """Run the batch's parts and leave this process's share of the gradients in the parameters."""
         self.number = batch.number
+        if self.aware is not None:
+            self.aware.begin(batch.number)
         flows = None
         if self.layers and self.mapping.solves and batch.split:
             flows = self._flows(
@@ -123,6 +129,8 @@ class Objective:
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in losses.items()}
         if self.layers and flows is None:
             self._flows(self._zero())  # no row of this batch is ours, but the others wait for our share of the costs
+        if self.aware is not None:
+            self.aware.finish(self.processes)
         names = ("prediction", *SIDES, "embedding") if self.layers else ("prediction",)
         parts = {name: sums.get(name, torch.zeros_like(total)) for name in names}
         return Outcome(total, parts, self.mapping.log if self.layers else dict)

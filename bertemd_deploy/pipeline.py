@@ -1,4 +1,4 @@
-"""The stages, each by itself and in a row: finetune -> distill -> export (with quantization) -> bench -> report.
+"""The stages in a row: finetune -> distill -> export (with quantization) -> bench -> report; or one, with a folder of its own.
 
 A run folder remembers in `state.json` what every stage was given (as hashes) and whether it finished. A finished stage with
 the same inputs is skipped, a changed one is done again, a killed one continues from its checkpoint.
@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from bertemd_deploy import __version__
 from bertemd_deploy.checkpoints import WEIGHTS, check_folder, find_model, has_head
 from bertemd_deploy.config import Recipe
 from bertemd_deploy.console import note
-from bertemd_deploy.data import Dataset, find_task, load_data
-from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, UnfinishedError
+from bertemd_deploy.data import find_task
+from bertemd_deploy.errors import ArtifactError, BertemdError, RecipeError, UnfinishedError
 from bertemd_deploy.files import (
     PARTIAL,
     check_replaceable,
@@ -31,125 +31,12 @@ from bertemd_deploy.files import (
     write_text,
 )
 from bertemd_deploy.launch import stands_for_several
-from bertemd_deploy.settings import DataSettings
-from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, finetune_inputs, is_same, language_model
+from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, finetune_inputs, is_same
+from bertemd_deploy.stages import Work, distill_stage, export_record, export_stage, finetune_stage, load_recipe_data
 
 STATE = "state.json"
 STAGE = "stage.json"
 STAGES = ("finetune", "distill", "export", "bench", "report")
-
-
-@dataclass(frozen=True)
-class Work:
-    """Where a training stage works: its output folder, its resumable state and its log."""
-
-    out: Path
-    checkpoints: Path
-    log: Path
-
-
-def load_recipe_data(settings: DataSettings) -> tuple[Dataset, int]:
-    """Return a recipe's data set and its longest input in tokens."""
-    data = load_data(
-        settings.path,
-        task=settings.task,
-        sentence1=settings.sentence1,
-        sentence2=settings.sentence2,
-        label=settings.label,
-        train_limit=settings.train_limit,
-        doc_stride=settings.doc_stride,
-    )
-    return data, settings.max_length or data.task.max_length
-
-
-def finetune_stage(recipe: Recipe, data: Dataset, max_length: int, work: Work, **extra: Any) -> dict[str, Any]:
-    """Fine-tune the recipe's teacher into `work.out`."""
-    from bertemd_deploy.finetune import finetune
-
-    folder = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
-    return finetune(
-        folder,
-        data=data,
-        max_length=max_length,
-        settings=recipe.teacher,
-        out=work.out,
-        checkpoints=work.checkpoints,
-        log=work.log,
-        **extra,
-    )
-
-
-def distill_stage(
-    recipe: Recipe, teacher: Path, data: Dataset, max_length: int, work: Work, **extra: Any
-) -> dict[str, Any]:
-    """Distil `teacher` into a student at `work.out`."""
-    from bertemd_deploy.distill import distill
-
-    return distill(
-        teacher,
-        data=data,
-        max_length=max_length,
-        student=recipe.student,
-        settings=recipe.distill,
-        out=work.out,
-        checkpoints=work.checkpoints,
-        log=work.log,
-        teacher_name=_display_name(recipe.teacher.model),
-        language_model=language_model(recipe),
-        **extra,
-    )
-
-
-def _display_name(spec: str) -> str:
-    """Return what a model is called on a page: a package's name, or the last part of a folder or hub id."""
-    if spec.startswith("package:"):
-        return spec.removeprefix("package:").partition("/")[0]
-    return Path(spec).resolve().name if Path(spec).exists() else spec.rsplit("/", 1)[-1]
-
-
-def export_stage(recipe: Recipe, student: Path, out: Path, *, data: str | None = None, force: bool = False) -> Path:
-    """Export and quantize `student` into the artifact folder `out`.
-
-    Args:
-        recipe: its sections export and quantize (and data, where `data` is given).
-        student: student folder.
-        out: artifact folder.
-        data: data set for parity and the gate; None takes the slices the student folder carries.
-        force: write into a folder that holds something else.
-
-    Raises:
-        ModelError: the folder carries no slices and no data is given.
-        GateError: parity or accuracy was missed.
-    """
-    from bertemd_deploy.export import export
-    from bertemd_deploy.facts import FACTS, facts_from_data, read_student
-
-    if data is not None:
-        loaded, max_length = load_recipe_data(recipe.data)
-        facts = facts_from_data(student, loaded, max_length=max_length)
-    elif (student / FACTS).is_file():
-        facts = read_student(student)
-    else:
-        find_model(str(student))
-        raise ModelError(
-            f"{student}: carries no {FACTS}, so there are no dev examples to check the graphs on. Add --data (and --task)."
-        )
-    artifact = export(
-        student,
-        out=out,
-        task=facts.task,
-        labels=facts.labels,
-        max_length=facts.max_length,
-        evaluation=facts.evaluation,
-        calibration=facts.calibration,
-        teacher=facts.teacher or None,
-        reference_metrics=facts.metrics,
-        distillation=facts.distillation or None,
-        settings=recipe.export,
-        quantization=recipe.quantize,
-        force=force,
-    )
-    return artifact.folder
 
 
 def needs_finetuning(recipe: Recipe, folder: Path) -> bool:
@@ -402,7 +289,7 @@ class _Run:
         }
 
         def make_artifact() -> dict[str, Any]:
-            export_stage(recipe, student, artifact, force=True)
+            export_stage(recipe, student, artifact, own_data=True, force=True)
             return export_record(Artifact.load(artifact))
 
         records: dict[str, Any] = {"export": self._stage("export", inputs, artifact / MANIFEST, make_artifact)}
@@ -430,14 +317,3 @@ class _Run:
 
         records["report"] = self._stage("report", inputs, place / "index.html", write_report)
         return records | {"page": str(place / "index.html")}
-
-
-def export_record(artifact: Any) -> dict[str, Any]:
-    """Return what a person wants to know of a fresh artifact: its files, metrics and parity."""
-    manifest = artifact.manifest
-    return {
-        "artifact": str(artifact.folder),
-        "metrics": manifest["metrics"],
-        "bytes": {name: entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".onnx")},
-        "parity": manifest["parity"],
-    }

@@ -4,6 +4,9 @@ The paired bootstrap (Efron & Tibshirani 1993; for such metrics Berg-Kirkpatrick
 replacement, the same ones for every model, and so are seeds, the same ones for both sides of a pair. The spread of a
 difference over the draws is what the choice of rows (and seeds) alone would have changed. In: logits and slices. Out:
 numbers. With few seeds the spread is rather too small, for a sample of three tells little of how much seeds differ.
+
+Where a model is right or wrong of each unit, McNemar's exact test (1947; exact by the binomial distribution) says how often
+chance alone would divide what only one of two models has right as unevenly as it is.
 """
 
 from __future__ import annotations
@@ -107,3 +110,27 @@ def bootstrap(
                 draws[at, column] = sum(values) / seeds
             bar.advance()
     return draws
+
+
+def interval(draws: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the bounds that hold the middle 95% of draws (R,)."""
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Return the two-sided p of McNemar's exact test, in [0, 1]; 1 where neither model has anything alone.
+
+    Under chance each of the n = lost + gained units falls to either model with probability 1/2, so that
+    p = min(1, 2 P(X <= min(lost, gained))) with X ~ Binomial(n, 1/2).
+
+    Args:
+        lost: units that only the first model has right.
+        gained: units that only the second has right.
+    """
+    total, smaller = lost + gained, min(lost, gained)
+    ways = term = 1
+    for at in range(smaller):
+        term = term * (total - at) // (at + 1)
+        ways += term
+    return min(1.0, float(2 * ways / 2**total))

@@ -114,6 +114,8 @@ class DistillSettings:
             what a masked language model finds likely.
         augmentation_copies: copies of every train row.
         augmentation_rate: share of a row's tokens that are changed.
+        quant_aware: the last `quant_aware_epochs` epochs train the student as its static int8 graph will compute; export with
+            quantize.mode static takes the ranges learnt there.
         checkpoint_seconds: longest time between two resumable checkpoints.
     """
 
@@ -138,6 +140,8 @@ class DistillSettings:
     augmentation: Augmentation = "none"
     augmentation_copies: int = bounded(1, 1, 100)
     augmentation_rate: float = bounded(0.15, 0, 1, above=True)
+    quant_aware: bool = False
+    quant_aware_epochs: int = bounded(1, 1, 1000)
     seed: int = bounded(42, 0, 2**31)
     precision: Precision = "auto"
     logging_steps: int = bounded(10, 1)
@@ -146,18 +150,43 @@ class DistillSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """How torch becomes ONNX: which of torch's two exporters, and the opset."""
+    """How torch becomes ONNX, and for what.
+
+    Attributes:
+        exporter: which of torch's two.
+        opset: ONNX operator set.
+        target: the CPUs that int8 graphs have to keep the accuracy on (a row of `targets.TARGETS`); "auto" is this machine's
+            kind, "portable" any.
+        vocabulary: most tokens to keep of the student's vocabulary, or "corpus" for those that train uses; null keeps all.
+        tokenizer_inside: also write a graph that takes texts (needs onnxruntime-extensions).
+    """
 
     exporter: Literal["torchscript", "dynamo"] = "torchscript"
     opset: int = bounded(17, 17, 21)
+    target: str = "portable"
+    vocabulary: int | Literal["corpus"] | None = bounded(None, 1)
+    tokenizer_inside: bool = False
 
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """Int8: mode, and how many points (0.01) of the task's first metric it may lose on the dev set."""
+    """How graphs become smaller and faster, and what that may cost on the dev set.
 
-    mode: Literal["dynamic", "none"] = "dynamic"
+    Attributes:
+        mode: int8 with activation scales measured at each call ("dynamic") or known beforehand ("static"); "float16" for
+            GPUs; or none.
+        max_drop: points (0.01) of the task's first metric that a graph may lose.
+        max_changed: percent of the decisions that padding and batch mates may change in a dynamic graph; no other may
+            change any.
+        embedding_bits: of the table of words, 8 or 4.
+        float16_on_cpu: write float16 graphs though every target is a CPU, where they are slower than fp32.
+    """
+
+    mode: Literal["dynamic", "static", "float16", "none"] = "dynamic"
     max_drop: float = bounded(1.0, 0, 100)
+    max_changed: float = bounded(5.0, 0, 100)
+    embedding_bits: Literal[8, 4] = 8
+    float16_on_cpu: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from bertemd_deploy.settings import DistillSettings, Precision, StudentSettings,
 
 _MEMORY = ("micro_batch_size", "teacher_cache_bytes")  # the same result up to rounding and dropout's draws
 _AUGMENTATION = ("augmentation", "augmentation_copies", "augmentation_rate")
+_QUANT_AWARE = ("quant_aware", "quant_aware_epochs")
 _LATER = ("model_files", "initial_weights")  # inputs that earlier versions did not record
 
 
@@ -58,6 +59,7 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
         checkpoint_seconds=plain.checkpoint_seconds,
     )
     unused = _MEMORY + (_AUGMENTATION if settings.augmentation == "none" else ())
+    unused += () if settings.quant_aware else _QUANT_AWARE
     inputs = dict(shared) | {
         "teacher": sha256_file(teacher / WEIGHTS),
         "model_files": _model_files(teacher),

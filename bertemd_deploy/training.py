@@ -51,6 +51,7 @@ _MICRO = "distill.micro_batch_size (in fine-tuning teacher.micro_batch_size)"
 class Schedule:
     """How long and how fast to train; names as in `config.DistillSettings`.
 
+    Epochs before `best_from` (from 1) are not chosen as the best.
     `max_minutes` stops this call after a step, with a checkpoint; None never does.
     """
 
@@ -65,6 +66,7 @@ class Schedule:
     checkpoint_seconds: float = 60.0
     micro_batch_size: int | None = None
     max_minutes: float | None = None
+    best_from: int = 1
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,7 @@ class _Run:
         metrics = dict(evaluate())
         done.epochs.append(metrics)
         best = done.epochs[done.best_epoch - 1][metric] if done.best_epoch else -math.inf
-        if metrics[metric] > best:
+        if len(done.epochs) >= self.schedule.best_from and metrics[metric] > best:
             done.best_epoch = len(done.epochs)
         if self.processes.main:
             if done.best_epoch == len(done.epochs):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from bertemd_deploy import pipeline
+from bertemd_deploy import stages
 from bertemd_deploy.cli import app
 from bertemd_deploy.comparison import _interval, markdown_table, parse_mappings, parse_seeds, text_table
 from bertemd_deploy.evaluate import evaluate_folder
@@ -42,13 +42,13 @@ def write_recipe(path: Path, teacher: Path, data: Path, **distill: Any) -> Path:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Return the (mapping, seed) of every student that was really trained."""
     done: list[tuple[str, int]] = []
-    stage = pipeline.distill_stage
+    stage = stages.distill_stage
 
     def counted(recipe: Any, *arguments: Any, **extra: Any) -> dict[str, Any]:
         done.append((recipe.distill.mapping, recipe.distill.seed))
         return stage(recipe, *arguments, **extra)
 
-    monkeypatch.setattr(pipeline, "distill_stage", counted)
+    monkeypatch.setattr(stages, "distill_stage", counted)
     return done
 
 
@@ -65,7 +65,7 @@ def test_a_student_per_mapping_and_seed_and_one_table(
     record = json.loads((out / "comparison.json").read_text())
     assert (record["status"], record["seeds"], record["metrics"], record["dev"]) == ("done", [1, 2], ["accuracy"], 24)
     assert [row["mapping"] for row in record["mappings"]] == ["uniform", "skip", "emd"]
-    loaded, length = pipeline.load_recipe_data(pipeline_recipe(recipe).data)
+    loaded, length = stages.load_recipe_data(pipeline_recipe(recipe).data)
     for row in record["mappings"]:
         assert row["students"] == [f"{row['mapping']}-seed{seed}" for seed in (1, 2)]
         scores = []
@@ -134,7 +134,7 @@ def test_a_student_is_the_one_that_distill_alone_gives_and_a_cut_run_goes_on(
 ) -> None:
     teacher, data = tiny_task()
     recipe, out = write_recipe(tmp_path / "recipe.yaml", teacher, data, seed=7), tmp_path / "out"
-    stage = pipeline.distill_stage
+    stage = stages.distill_stage
 
     def interrupted(variant: Any, *arguments: Any, **extra: Any) -> dict[str, Any]:
         if variant.distill.mapping == "emd":
@@ -142,7 +142,7 @@ def test_a_student_is_the_one_that_distill_alone_gives_and_a_cut_run_goes_on(
         return stage(variant, *arguments, **extra)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "distill_stage", interrupted)
+        patch.setattr(stages, "distill_stage", interrupted)
         cut = call("distill", recipe, "--compare", "none,emd", "--out", out)
     assert cut.exit_code == 130
     assert cut.stderr.endswith(

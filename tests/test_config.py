@@ -84,8 +84,11 @@ def test_recipe_is_frozen(tmp_path: Path):
         ("1: {}", "unknown section 1; known: teacher, data, student, distill, export, quantize, bench"),
         ("export: 17", "export should be a mapping of keys, found int 17"),
         ("export: [17]", "export should be a mapping of keys, found list [17]"),
-        ("export: {opsett: 17}", "export.opsett: unknown key; known: exporter, opset"),
-        ("export: {17: 17}", "export.17: unknown key; known: exporter, opset"),
+        (
+            "export: {opsett: 17}",
+            "export.opsett: unknown key; known: exporter, opset, target, vocabulary, tokenizer_inside",
+        ),
+        ("export: {17: 17}", "export.17: unknown key; known: exporter, opset, target, vocabulary, tokenizer_inside"),
         ("export: {opset: 16}", "export.opset: found 16, allowed: from 17 to 21"),
         ("export: {opset: 22}", "export.opset: found 22, allowed: from 17 to 21"),
         ("export: {opset: 17.0}", "export.opset: found float 17.0, allowed: a whole number"),
@@ -103,7 +106,7 @@ def test_recipe_is_frozen(tmp_path: Path):
         ("distill: {beta: .nan}", "distill.beta: found float nan, allowed: a number"),
         ("distill: {epochs: 0}", "distill.epochs: found 0, allowed: from 1 to 1000"),
         ("distill: {separate_marginals: 1}", "distill.separate_marginals: found int 1, allowed: true or false"),
-        ("quantize: {mode: static}", "quantize.mode: found str 'static', allowed: dynamic, none"),
+        ("quantize: {mode: int4}", "quantize.mode: found str 'int4', allowed: dynamic, static, float16, none"),
         (
             "bench: {sequence_lengths: 16}",
             "bench.sequence_lengths: found int 16, allowed: a list of a whole number or 'max'",
@@ -118,7 +121,26 @@ def test_recipe_is_frozen(tmp_path: Path):
         ),
         ("bench: {batch_sizes: [0, 1]}", "bench.batch_sizes: found [0, 1], allowed: numbers from 1"),
         ("bench: {threads: [true]}", "bench.threads: found bool True, allowed: a whole number or 'all'"),
-        ("bench: {graphs: [int4]}", "bench.graphs: unknown int4; known: fp32, int8, fused, fused-int8"),
+        (
+            "distill: {quant_aware: true, quant_aware_epochs: 3, epochs: 2}",
+            "distill.quant_aware_epochs is 3, distill.epochs 2; lower the first",
+        ),
+        (
+            "distill: {quant_aware_epochs: 3}",
+            "distill.quant_aware_epochs only acts with quant_aware: true; remove it or switch",
+        ),
+        ("quantize: {embedding_bits: 2}", "quantize.embedding_bits: found int 2, allowed: 8, 4"),
+        (
+            "quantize: {mode: float16}",
+            "quantize.mode: float16 is for GPUs, and every target is a CPU, where it is slower than fp32; set "
+            "quantize.float16_on_cpu to true to write it all the same",
+        ),
+        ("export: {vocabulary: 0}", "export.vocabulary: found 0, allowed: from 1"),
+        (
+            "export: {vocabulary: all}",
+            "export.vocabulary: found str 'all', allowed: a whole number or 'corpus' or nothing",
+        ),
+        ("bench: {graphs: [int4]}", "bench.graphs: unknown int4; known: fp32, int8, fused, fused-int8, fp16"),
         ("bench: {graphs: fp32}", "bench.graphs: found str 'fp32', allowed: a list of text or nothing"),
     ],
 )

@@ -18,10 +18,11 @@ from bertemd_deploy.data import load_data
 from bertemd_deploy.distill import distill
 from bertemd_deploy.errors import ArtifactError, ModelError
 from bertemd_deploy.evaluate import evaluate_folder
+from bertemd_deploy.export import export
 from bertemd_deploy.facts import facts_from_data, read_student
 from bertemd_deploy.files import sha256_file
 from bertemd_deploy.objective import Distiller
-from bertemd_deploy.settings import MAPPINGS, DistillSettings, StudentSettings
+from bertemd_deploy.settings import MAPPINGS, DistillSettings, ExportSettings, QuantizeSettings, StudentSettings
 
 Make = Callable[..., Path]
 Task = Callable[..., tuple[Path, Path]]
@@ -221,6 +222,31 @@ def test_a_teacher_that_knows_nothing_is_refused(tiny_task: Task, tiny_bert: Mak
     with pytest.raises(ModelError, match=r"stranger: its dev accuracy is .*no better than always answering the most"):
         train(stranger, data, tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+def test_a_student_trained_for_int8_is_exported_with_the_ranges_it_learnt(tiny_task: Task, tmp_path: Path) -> None:
+    teacher, data = tiny_task()
+    out = tmp_path / "student"
+    record = train(teacher, data, out, epochs=4, quant_aware=True, quant_aware_epochs=2)
+    assert record["best_epoch"] >= 3  # earlier ones had no ranges
+    facts = read_student(out)
+    made = export(
+        out,
+        out=tmp_path / "artifact",
+        task=facts.task,
+        labels=facts.labels,
+        max_length=facts.max_length,
+        evaluation=facts.evaluation,
+        calibration=facts.calibration,
+        teacher=facts.teacher,
+        reference_metrics=facts.metrics,
+        distillation=facts.distillation,
+        settings=ExportSettings(target="x86-avx512-vnni"),
+        quantization=QuantizeSettings(mode="static", max_drop=50),
+    )
+    trials = made.manifest["quantization"]["trials"]
+    assert {trial["method"] for trial in trials} == {"training"}
+    assert made.manifest["quantization"]["method"] == {"int8": "training", "fused-int8": "training"}
 
 
 def test_a_student_from_a_checkpoint(tiny_task: Task, tiny_bert: Make, tmp_path: Path) -> None:

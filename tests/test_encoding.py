@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from bertemd_deploy.encoding import Encoded, TextEncoder, length_batches
+from bertemd_deploy.encoding import Encoded, TextEncoder, decoded, length_batches
 from bertemd_deploy.errors import DataError, ModelError
 
 ROWS = Encoded(
@@ -231,3 +233,27 @@ def test_an_empty_context_is_one_row_without_spans(folder: Path):
 def test_texts_of_another_count_than_questions(folder: Path):
     with pytest.raises(ValueError, match="shorter"):
         TextEncoder.load(folder, max_length=8).encode_windows(["a", "b"], ["c"], overlap=0)
+
+
+def test_rows_are_read_back_from_their_tokens(folder: Path):
+    encoder = TextEncoder.load(folder, max_length=16)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert decoded(tokenizer, encoder.encode(["Good  film", "the song"])) == (["good film", "the song"], None)
+    assert decoded(tokenizer, encoder.encode(["Good film", ""], ["bad", "sad song"])) == (
+        ["good film", ""],
+        ["bad", "sad song"],
+    )
+    assert decoded(tokenizer, encoder.encode([])) == ([], None)
+
+
+def test_segments_of_one_type_are_told_apart_by_what_stands_between_them(folder: Path):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP] $B:0 [SEP]:0", special_tokens=ends
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rows = TextEncoder.load(folder, max_length=16).encode(["good film", "the"], ["bad", "sad song"])
+    assert not rows.types.any()
+    assert decoded(tokenizer, rows) == (["good film", "the"], ["bad", "sad song"])
+    assert decoded(tokenizer, TextEncoder.load(folder, max_length=16).encode(["good film"])) == (["good film"], None)

@@ -16,14 +16,16 @@ from tiny_student import LABELS, VOCABULARY, examples, labelled, tiny_model, wri
 from bertemd_deploy import bert_graph
 from bertemd_deploy import export as module
 from bertemd_deploy.artifact import GRAPHS, Artifact
+from bertemd_deploy.bench import environment
 from bertemd_deploy.bert_graph import check_shapes, load_model, portable_graph
-from bertemd_deploy.errors import ArtifactError, ExportError, GateError, ModelError
+from bertemd_deploy.errors import ArtifactError, ExportError, GateError, ModelError, RecipeError
 from bertemd_deploy.export import export, export_fp32
 from bertemd_deploy.onnx_edit import IR_VERSIONS, histogram, save
 from bertemd_deploy.runtime import INPUT_NAMES, open_session, predict_logits
 from bertemd_deploy.settings import ExportSettings, QuantizeSettings
 from bertemd_deploy.tasks import Kind
 
+WRITTEN = {graph: path for graph, path in GRAPHS.items() if graph != "fp16"}
 TASK = {"name": "mrpc", "kind": "classification", "metrics": ["f1", "accuracy"]}
 
 
@@ -42,7 +44,7 @@ def arguments(student: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "reference_metrics": {"teacher": {"f1": 0.9, "accuracy": 0.88}},
         "distillation": {"mapping": "emd", "seed": 3},
         "settings": ExportSettings(),
-        "quantization": QuantizeSettings(max_drop=20),
+        "quantization": QuantizeSettings(max_drop=20, max_changed=100),  # random weights decide by a hair
     } | changes
 
 
@@ -59,7 +61,7 @@ def artifact(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifac
 def test_the_folder_holds_what_the_contract_lists(artifact: Artifact) -> None:
     names = {path.relative_to(artifact.folder).as_posix() for path in artifact.folder.rglob("*") if path.is_file()}
     assert names == {
-        *GRAPHS.values(),
+        *WRITTEN.values(),
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -70,7 +72,7 @@ def test_the_folder_holds_what_the_contract_lists(artifact: Artifact) -> None:
         "README.md",
     }
     assert [path.name for path in artifact.folder.parent.iterdir()] == ["artifact"]
-    assert artifact.graphs() == list(GRAPHS)
+    assert artifact.graphs() == list(WRITTEN)
     for name in artifact.manifest["files"]:
         artifact.file(name)
 
@@ -84,7 +86,7 @@ def test_the_manifest_is_complete(artifact: Artifact) -> None:
     assert manifest["student"] == sizes
     assert manifest["teacher"]["layers"] == 12
     assert manifest["distillation"] == {"mapping": "emd", "seed": 3}
-    assert set(manifest["metrics"]) == {"teacher", "student", *GRAPHS}
+    assert set(manifest["metrics"]) == {"teacher", "student", *WRITTEN}
     assert manifest["metrics"]["student"] == {"f1": 1.0, "accuracy": 1.0}
     for graph in ("fp32", "fused"):
         parity = manifest["parity"]["graphs"][graph]
@@ -93,25 +95,36 @@ def test_the_manifest_is_complete(artifact: Artifact) -> None:
         assert parity["inputs"] == 76
     assert 0 < manifest["parity"]["graphs"]["int8"]["max_abs_logit_difference"] < 2
     quantization = manifest["quantization"]
-    assert (quantization["mode"], quantization["weight_type"], quantization["activation_type"]) == (
-        "dynamic",
-        "int8",
-        "uint8",
-    )
-    assert quantization["reduce_range"] is False
+    assert (quantization["mode"], quantization["activation_type"]) == ("dynamic", "uint8")
+    assert quantization["weight_type"] == {"int8": "int8", "fused-int8": "int8"}
+    assert quantization["reduce_range"] == {"int8": False, "fused-int8": False}
     assert quantization["per_channel"].keys() == quantization["excluded"].keys() == {"int8", "fused-int8"}
     assert [trial["passed"] for trial in quantization["trials"]].count(True) == 2
     assert len(quantization["operators"]["int8"]) == 12
     assert manifest["files"]["onnx/model_fused.onnx"]["fused"]["attention"] == 2
     assert manifest["files"]["onnx/model_quantized.onnx"]["operators"]["MatMulInteger"] == 10
     assert manifest["versions"]["torch"] == torch.__version__
-    assert manifest["requires"]["isa"] == []
+    assert manifest["requires"]["target"] == "portable"
+    assert manifest["requires"]["isa"] == {}  # any CPU: what saturating sums would lose was predicted
+    assert all(trial["saturating_metric"] is not None for trial in quantization["trials"] if trial["passed"])
+    assert manifest["requires"]["onnxruntime"] == {
+        "fp32": "1.12",
+        "int8": "1.12",
+        "fused": "1.16",
+        "fused-int8": "1.16",
+    }
+    assert manifest["vocabulary"] is None
+    for graph, path in WRITTEN.items():
+        assert sum(manifest["files"][path]["components"].values()) == manifest["files"][path]["bytes"]
+        found = manifest["invariance"][graph]
+        assert found["activation_scales"] == ("per-tensor" if "int8" in graph else "float")
+        assert found["changed_decision_share"] <= found["changed_decision_share_allowed"]
     assert manifest["created"].endswith("+00:00")
     assert "commit" in manifest
 
 
 def test_graphs_are_dynamic_old_enough_and_labelled(artifact: Artifact) -> None:
-    for graph, name in GRAPHS.items():
+    for graph, name in WRITTEN.items():
         model = onnx.load_model(artifact.folder / name)
         entry = artifact.manifest["files"][name]
         assert model.ir_version == entry["ir_version"] <= 8
@@ -135,7 +148,7 @@ def test_graphs_are_dynamic_old_enough_and_labelled(artifact: Artifact) -> None:
 
 def test_every_graph_scores_what_the_manifest_says_from_the_slice_it_carries(artifact: Artifact) -> None:
     part = artifact.evaluation()
-    for graph in GRAPHS:
+    for graph in WRITTEN:
         logits = predict_logits(open_session(artifact.graph(graph)[1]), part.examples, pad_id=0)
         found = float((logits.argmax(axis=-1) == part.labels).mean())
         assert found == artifact.manifest["metrics"][graph]["accuracy"]
@@ -166,12 +179,12 @@ def test_a_damaged_artifact_is_refused(student: Path, artifact: Artifact, tmp_pa
 
     folder = tmp_path / "copy"
     shutil.copytree(artifact.folder, folder)
-    graph = folder / GRAPHS["int8"]
+    graph = folder / WRITTEN["int8"]
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="truncated or was changed"):
         Artifact.load(folder).graph("int8")
     manifest = json.loads((folder / "bertemd.json").read_text())
-    manifest["files"][GRAPHS["fp32"]]["sha256"] = "0" * 64
+    manifest["files"][WRITTEN["fp32"]]["sha256"] = "0" * 64
     manifest["files"]["../outside"] = {"sha256": "0" * 64}
     (folder / "bertemd.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="the manifest says 000000000000"):
@@ -182,7 +195,7 @@ def test_a_damaged_artifact_is_refused(student: Path, artifact: Artifact, tmp_pa
     with pytest.raises(ArtifactError, match="cannot be read"):
         Artifact.load(folder)
     cut = tmp_path / "cut.onnx"
-    cut.write_bytes((artifact.folder / GRAPHS["fused"]).read_bytes()[:5000])
+    cut.write_bytes((artifact.folder / WRITTEN["fused"]).read_bytes()[:5000])
     with pytest.raises(ArtifactError, match="cannot load this file"):
         open_session(cut)
 
@@ -214,7 +227,7 @@ def test_other_kinds_of_task(tmp_path: Path, kind: Kind) -> None:
     """Four graphs of each: outputs by name and axes, parity with transformers' own head in plain ONNX Runtime, gates."""
     student = write_student(tmp_path / "student", kind=kind)
     task = {"name": "mine", "kind": kind, "metrics": METRICS[kind], "doc_stride": 8}
-    limits = QuantizeSettings(max_drop=60)
+    limits = QuantizeSettings(max_drop=60, max_changed=100)
     found = export(**arguments(student, tmp_path / "artifact", task=task, quantization=limits, reference_metrics={}))
     head = {"token-classification": "TokenClassification", "question-answering": "QuestionAnswering"}.get(
         kind, "SequenceClassification"
@@ -223,7 +236,7 @@ def test_other_kinds_of_task(tmp_path: Path, kind: Kind) -> None:
     batches = [
         examples(rows, longest=longest).batch(range(rows), pad_id=0) for rows, longest in ((1, 3), (4, 32), (3, 60))
     ]
-    for graph, name in GRAPHS.items():
+    for graph, name in WRITTEN.items():
         stored = onnx.load_model(found.folder / name)
         shapes = {
             value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -244,9 +257,9 @@ def test_other_kinds_of_task(tmp_path: Path, kind: Kind) -> None:
         assert (parity["inputs"], parity["decision_agreement"] == 1) == (76, "int8" not in graph)
         assert found.manifest["metrics"][graph].keys() == set(METRICS[kind])
     assert found.manifest["metrics"]["fused"][METRICS[kind][0]] == pytest.approx(1)
-    assert found.manifest["files"][GRAPHS["fused"]]["fused"]["attention"] == 2
+    assert found.manifest["files"][WRITTEN["fused"]]["fused"]["attention"] == 2
     # One row of the last layer is enough for a decision on the whole input, and only for that.
-    assert [node.op_type for node in onnx.load_model(found.folder / GRAPHS["fused"]).graph.node].count("Slice") == (
+    assert [node.op_type for node in onnx.load_model(found.folder / WRITTEN["fused"]).graph.node].count("Slice") == (
         2 if kind == "multilabel" else 1
     )
     assert found.manifest["task"] == task | ({"no_answer": False} if kind == "question-answering" else {})
@@ -285,7 +298,7 @@ def test_without_quantization_there_are_two_graphs(student: Path, tmp_path: Path
     assert found.graphs() == ["fp32", "fused"]
     assert found.manifest["quantization"]["trials"] == []
     assert found.manifest["teacher"] is None
-    assert not (tmp_path / "a" / GRAPHS["int8"]).exists()
+    assert not (tmp_path / "a" / WRITTEN["int8"]).exists()
 
 
 def test_a_parity_miss_leaves_the_artifact_as_it_was(
@@ -429,3 +442,52 @@ def test_models_that_are_computed_differently_are_refused(tmp_path: Path) -> Non
         load_model(folder)
     with pytest.raises(ModelError):
         export_fp32(tmp_path / "nothing", tmp_path / "x.onnx", exporter="torchscript", opset=17)
+
+
+def test_static_graphs_do_not_depend_on_their_batch(student: Path, tmp_path: Path) -> None:
+    limits = QuantizeSettings(mode="static", max_drop=60)
+    made = export(**arguments(student, tmp_path / "artifact", quantization=limits))
+    assert made.graphs() == list(WRITTEN)
+    assert set(made.manifest["quantization"]["method"].values()) <= {"minmax", "percentile", "mse", "entropy"}
+    assert made.manifest["files"]["onnx/model_quantized.onnx"]["operators"]["QuantizeLinear"] > 0
+    for graph in ("int8", "fused-int8"):
+        found = made.manifest["invariance"][graph]
+        assert found["activation_scales"] == "fixed"
+        assert found["changed_decision_share"] == 0
+        assert found["max_abs_logit_difference"] <= found["max_abs_logit_difference_allowed"] == 1e-3
+
+
+def test_float16_is_written_for_those_who_insist(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="fp16: asked for on a CPU"):
+        export(**arguments(student, tmp_path / "refused", quantization=QuantizeSettings(mode="float16")))
+    assert not any((tmp_path / "refused").iterdir())
+    limits = QuantizeSettings(mode="float16", float16_on_cpu=True, max_drop=5)
+    made = export(**arguments(student, tmp_path / "artifact", quantization=limits))
+    assert made.graphs() == ["fp32", "fused", "fp16"]
+    assert made.manifest["parity"]["graphs"]["fp16"]["max_abs_logit_difference"] < 0.05
+    sizes = [made.manifest["files"][GRAPHS[graph]]["bytes"] for graph in ("fp16", "fp32")]
+    assert sizes[0] < 0.75 * sizes[1]
+
+
+def test_what_was_made_for_exact_cpus_is_refused_on_others(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ExportSettings(target="x86-avx512-vnni")
+    made = export(**arguments(student, tmp_path / "artifact", settings=settings))
+    assert set(made.manifest["requires"]["isa"]) == {"int8", "fused-int8"}
+    assert {trial["saturating_metric"] for trial in made.manifest["quantization"]["trials"]} == {None}
+    monkeypatch.setattr(environment, "instruction_sets", lambda: ["avx2", "fma"])
+    with pytest.raises(ArtifactError, match="graph 'fused-int8' needs a CPU with one of avx512_vnni"):
+        made.graph("auto")
+    assert made.graph("fp32")[0] == "fp32"
+    monkeypatch.setattr("onnxruntime.__version__", "1.15.1")
+    with pytest.raises(ArtifactError, match=r"graph 'fused': it needs ONNX Runtime 1\.16 or newer; 1\.15\.1 would"):
+        made.graph("fused")
+
+
+def test_a_target_that_does_not_read_the_graphs_is_refused(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no target 'z80'; targets are portable, x86-avx2"):
+        export(**arguments(student, tmp_path / "artifact", settings=ExportSettings(target="z80")))
+    with pytest.raises(ExportError, match=r"would not run on portable.*set export\.opset to 17 or less"):
+        export(**arguments(student, tmp_path / "artifact", settings=ExportSettings(opset=18)))
+    assert not any((tmp_path / "artifact").iterdir())

@@ -18,9 +18,11 @@ RUNTIME = {
     "answers",
     "artifact",
     "bench",
+    "churn",
     "classifier",
     "cli",
     "cli_options",
+    "compatibility",
     "config",
     "console",
     "data",
@@ -35,14 +37,17 @@ RUNTIME = {
     "predictions",
     "readers",
     "report",
+    "resampling",
     "rows",
     "runtime",
     "settings",
     "spans",
     "splits",
+    "targets",
     "tasks",
 }
-QUANTIZING = {"gate", "onnx_edit", "quantization"}  # runtime half as well, with onnx on top
+QUANTIZING = {"gate", "invariance", "onnx_edit", "quantization"}  # runtime half as well, with onnx on top
+TRAINING_WITHIN = {"quantization.aware"}  # torch, beside what it is about
 # Not what the small install brings: training packages, and the optional ones, which are imported where they are used.
 FORBIDDEN = (
     "torch",
@@ -69,7 +74,8 @@ def modules() -> list[str]:
 
 
 def half(module: str) -> str:
-    return "runtime" if module.partition(".")[0] in RUNTIME | QUANTIZING else "training"
+    runtime = module.partition(".")[0] in RUNTIME | QUANTIZING and module not in TRAINING_WITHIN
+    return "runtime" if runtime else "training"
 
 
 RUNTIME_MODULES = [module for module in modules() if half(module) == "runtime"]

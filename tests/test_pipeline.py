@@ -11,7 +11,8 @@ from unittest.mock import create_autospec
 
 import pytest
 
-from bertemd_deploy import pipeline
+from bertemd_deploy import pipeline, stages
+from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.config import Recipe, build_recipe
 from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, TrainingError, UnfinishedError
 from bertemd_deploy.files import sha256_file, sha256_json
@@ -253,7 +254,7 @@ class Trainer:
     def __init__(self) -> None:
         self.runs = 0
 
-    def __call__(self, work: pipeline.Work, *, beside: Callable[[Path, Record], None]) -> Record:
+    def __call__(self, work: stages.Work, *, beside: Callable[[Path, Record], None]) -> Record:
         from bertemd_deploy.files import new_folder
 
         self.runs += 1
@@ -361,10 +362,42 @@ def test_export_needs_slices_or_data(tiny_task: Task, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"carries no bertemd_student\.json, so there are no dev examples .* Add --data"
     ):
-        pipeline.export_stage(recipe(teacher, data), teacher, tmp_path / "artifact")
+        stages.export_stage(recipe(teacher, data), teacher, tmp_path / "artifact")
     with pytest.raises(BertemdError, match="there is no such folder"):
-        pipeline.export_stage(recipe(teacher, data), tmp_path / "absent", tmp_path / "artifact")
+        stages.export_stage(recipe(teacher, data), tmp_path / "absent", tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()
+
+
+def test_a_vocabulary_is_trimmed_to_what_the_train_texts_use(
+    tiny_task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, data = tiny_task()
+    settings = {"export": {"vocabulary": "corpus"}, "quantize": {"mode": "none"}}
+    out = stages.export_stage(recipe(teacher, data, **settings), teacher, tmp_path / "artifact", data=str(data))
+    made = Artifact.load(out)
+    vocabulary = made.manifest["vocabulary"]
+    assert vocabulary["kept"] < vocabulary["total"]
+    assert vocabulary["coverage"]["train"]["identical_share"] == 1
+    assert f"vocabulary: {vocabulary['kept']:,} of {vocabulary['total']:,} tokens" in capsys.readouterr().err
+    whole = stages.export_stage(
+        recipe(teacher, data, quantize={"mode": "none"}), teacher, tmp_path / "whole", data=str(data)
+    )
+    covered = made.evaluation().examples.tokens
+    assert covered.max() < vocabulary["kept"]
+    sizes = [Artifact.load(folder).manifest["files"]["onnx/model.onnx"]["components"] for folder in (out, whole)]
+    assert sizes[0]["embedding"] < sizes[1]["embedding"]
+    assert sizes[0]["encoder"] == sizes[1]["encoder"]
+
+
+def test_a_vocabulary_is_not_trimmed_without_texts(tiny_task: Task, tmp_path: Path) -> None:
+    teacher, data = tiny_task()
+    asked = recipe(teacher, data, distill={"epochs": 1}, quantize={"mode": "none"}, export={"vocabulary": "corpus"})
+    run = tmp_path / "run"
+    pipeline.run(asked, out=run, stop_after="distill")
+    with pytest.raises(RecipeError, match=r"export\.vocabulary: which tokens stay is read off train texts\. Add --data"):
+        stages.export_stage(asked, run / "student", tmp_path / "artifact")
+    pipeline.run(asked, out=run, stop_after="export")
+    assert Artifact.load(run / "artifact").manifest["vocabulary"]["asked"] == "corpus"
 
 
 def test_the_whole_pipeline_ends_in_a_report_and_a_second_run_does_nothing(

@@ -11,7 +11,7 @@ from tiny_student import examples
 from bertemd_deploy.answers import Answers
 from bertemd_deploy.artifact import NOT_SCORED, DataSlice
 from bertemd_deploy.metrics import evaluate_metrics
-from bertemd_deploy.resampling import bootstrap, metric_of_units
+from bertemd_deploy.resampling import bootstrap, interval, mcnemar, metric_of_units
 from bertemd_deploy.tasks import TASKS
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
@@ -145,3 +145,23 @@ def test_seeds_are_drawn_for_both_sides_together() -> None:
     difference = apart[:, 1] - apart[:, 0]
     assert difference.mean() == pytest.approx(0.1, abs=0.02)
     assert difference.std() == pytest.approx(np.std([-0.3, 0.1, 0.5]) / math.sqrt(3), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p"),
+    [(0, 0, 1.0), (1, 0, 1.0), (5, 3, 0.7265625), (3, 5, 0.7265625), (10, 0, 2 / 1024), (4, 4, 1.0), (0, 5000, 0.0)],
+)
+def test_mcnemar_is_the_exact_binomial(lost: int, gained: int, p: float) -> None:
+    assert mcnemar(lost, gained) == pytest.approx(p, abs=1e-300)
+
+
+def test_mcnemar_agrees_with_an_outside_binomial_test() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for lost, gained in ((7, 19), (120, 161), (3000, 3200), (0, 3)):
+        wanted = stats.binomtest(min(lost, gained), lost + gained).pvalue
+        assert mcnemar(lost, gained) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_an_interval_leaves_a_fortieth_on_either_side() -> None:
+    low, high = interval(np.arange(1001.0))
+    assert (low, high) == (25, 975)

@@ -35,6 +35,7 @@ class Candidate:
         layers, hidden: shape, None where unknown.
         parameters: count, None where unknown.
         outputs: its column of logits for each of the artifact's labels, in their order; start and end for answers.
+        token_ids: its token id for each of the artifact's, where the artifact's vocabulary was trimmed; None: the same.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Candidate:
     hidden: int | None
     parameters: int | None
     outputs: tuple[int, ...]
+    token_ids: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -129,8 +131,12 @@ def output_order(config: dict[str, Any], *, labels: Sequence[str], where: Path) 
     return tuple(columns[label] for label in wanted), None
 
 
-def _check_inputs(teacher: Path, artifact: Artifact, config: dict[str, Any]) -> None:
-    """Check that the artifact's token ids and lengths mean the same to the teacher."""
+def _token_ids(teacher: Path, artifact: Artifact, config: dict[str, Any]) -> tuple[int, ...] | None:
+    """Return the teacher's token id for each of the artifact's where that was trimmed, else None.
+
+    Raises:
+        ModelError: the artifact's token ids or lengths mean something else to the teacher.
+    """
     positions = config.get("max_position_embeddings")
     if positions is not None and positions < artifact.max_length:
         raise ModelError(
@@ -138,12 +144,15 @@ def _check_inputs(teacher: Path, artifact: Artifact, config: dict[str, Any]) -> 
         )
     theirs = TextEncoder.load(teacher, max_length=artifact.max_length).vocabulary()
     ours = TextEncoder.load(artifact.folder, max_length=artifact.max_length).vocabulary()
+    if artifact.manifest.get("vocabulary") and not set(ours) - set(theirs):
+        return tuple(theirs[token] for token in sorted(ours, key=ours.__getitem__))
     if theirs != ours:
         differing = len(set(theirs.items()) ^ set(ours.items()))
         raise ModelError(
             f"{teacher}: its vocabulary differs from the artifact's in {differing} entries, so the artifact's token ids mean "
             "other words to it. Name the teacher the student was distilled from."
         )
+    return None
 
 
 def teachers(teacher: Path, artifact: Artifact, *, scratch: Path) -> tuple[list[Candidate], list[str]]:
@@ -169,14 +178,16 @@ def teachers(teacher: Path, artifact: Artifact, *, scratch: Path) -> tuple[list[
     if artifact.kind != "question-answering":  # whose two outputs have no names
         outputs, unnamed = output_order(config, labels=artifact.labels, where=teacher)
     notes = [unnamed] if unnamed else []
-    _check_inputs(teacher, artifact, config)
+    ids = _token_ids(teacher, artifact, config)
+    if ids is not None:
+        notes.append("the teacher reads the pieces of words that the student's trimmed vocabulary makes")
     layers, hidden = config.get("num_hidden_layers"), config.get("hidden_size")
     missing = [package for package in TRAINING_PACKAGES if importlib.util.find_spec(package) is None]
     graph = teacher / TEACHER_GRAPH
     found = []
     if not missing:
         size = weight_bytes(teacher)
-        found.append(Candidate("teacher", "pytorch", None, "fp32", teacher, size, layers, hidden, None, outputs))
+        found.append(Candidate("teacher", "pytorch", None, "fp32", teacher, size, layers, hidden, None, outputs, ids))
         family = config.get("model_type", "bert")
         if family != "bert":
             return found, [*notes, f"the teacher is measured in PyTorch only: the graph of a {family} is not written"]
@@ -185,7 +196,7 @@ def teachers(teacher: Path, artifact: Artifact, *, scratch: Path) -> tuple[list[
     elif not graph.is_file():
         raise missing_extra("train", package=missing[0])
     size = graph_bytes(graph)
-    found.append(Candidate("teacher", "onnxruntime", "fp32", "fp32", graph, size, layers, hidden, None, outputs))
+    found.append(Candidate("teacher", "onnxruntime", "fp32", "fp32", graph, size, layers, hidden, None, outputs, ids))
     return found, notes
 
 

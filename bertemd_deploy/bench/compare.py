@@ -1,6 +1,7 @@
 """The `bench` stage: run every pass for the teacher and the student's graphs, and state the result as one record.
 
-The record holds everything a report needs, artifact and distillation included, so it can be carried from a device alone.
+The record holds everything a report needs, artifact and distillation included, so it can be carried from a device alone;
+`churn.jsonl` beside it lists every dev example with what teacher, student and int8 decided.
 Units are in the names; a value that was not measured is None. A speed-up is against the model that `baseline` names and
 `claimed` only if its whole interval lies above 1 and no other program took the CPUs it was measured on.
 """
@@ -8,6 +9,7 @@ Units are in the names; a value that was not measured is None. A speed-up is aga
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import tempfile
 import time
@@ -19,39 +21,42 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
-from bertemd_deploy.artifact import NOT_SCORED, SCHEMA_VERSION, Artifact, DataSlice
+from bertemd_deploy.artifact import FASTEST_FIRST, NOT_SCORED, SCHEMA_VERSION, Artifact, DataSlice
 from bertemd_deploy.bench import environment
 from bertemd_deploy.bench.candidates import Candidate, students, teachers
 from bertemd_deploy.bench.passes import CellResult, Profile, profile, time_cells
 from bertemd_deploy.bench.statistics import speedup, summarize
 from bertemd_deploy.bench.workload import Cell, plan_cells
+from bertemd_deploy.churn import Churn, find_churn
 from bertemd_deploy.console import note, progress, warn
 from bertemd_deploy.decisions import same_decisions
 from bertemd_deploy.errors import MeasurementError
-from bertemd_deploy.files import claim_folder, write_json
+from bertemd_deploy.files import claim_folder, write_json, write_text
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.runtime import CpuLimits, cpu_limits
 from bertemd_deploy.settings import BenchSettings
 
 RECORD = "record.json"
+CHURN = "churn.jsonl"
 TEACHER_PARITY = 1e-2  # largest difference of the teacher's logits between PyTorch and its exported graph
 LONG_LIST = 16
 EXCERPT = (
-    "task", "labels", "max_length", "student", "teacher", "metrics", "parity", "quantization", "requires", "versions",
-    "created", "commit",
+    "task", "labels", "max_length", "student", "teacher", "metrics", "parity", "invariance", "quantization", "requires",
+    "versions", "created", "commit",
 )  # fmt: skip
 
 
 def bench(
     artifact: Path, *, teacher: Path | None, out: Path, settings: BenchSettings, force: bool = False
 ) -> dict[str, Any]:
-    """Measure an artifact's graphs, and its teacher, on this machine; write and return the record.
+    """Measure an artifact's graphs, and its teacher, on this machine; write the record and the list, return the record.
 
     Args:
         artifact: an artifact folder.
         teacher: Hugging Face folder that the speed-ups are against; None measures the student alone.
-        out: folder for `record.json`.
+        out: folder for `record.json` and `churn.jsonl`.
         settings: what to measure and for how long.
         force: write into `out` even if it holds something else.
 
@@ -92,6 +97,7 @@ def bench(
         )
         warn(f"bench: {notes[-1]}.")
     entries = _model_entries(candidates, profiles, metrics, part=loaded.evaluation())
+    churn = _churn(candidates, profiles, artifact=loaded)
     baseline = candidates[0] if teacher else None
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -106,6 +112,7 @@ def bench(
         "artifact": artifact_excerpt(loaded),
         "distillation": loaded.manifest.get("distillation"),
         "models": entries,
+        "churn": churn.record if churn else None,
         "measurements": [
             _measurement(entries[at], result, at=at, baseline=bool(baseline), seed=settings.seed)
             for result in results
@@ -113,6 +120,11 @@ def bench(
         ],
     }
     write_json(out / RECORD, record)
+    if churn:
+        lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in churn.lines)
+        write_text(out / CHURN, "".join(f"{line}\n" for line in lines))
+    else:
+        (out / CHURN).unlink(missing_ok=True)  # of an earlier run
     return record
 
 
@@ -219,6 +231,34 @@ def _check_teacher_graph(torch_logits: NDArray[np.float32], graph_logits: NDArra
             f"bench: the teacher's ONNX graph differs from PyTorch by {difference:.1e} on its logits (allowed "
             f"{TEACHER_PARITY:.0e}), so it is not the teacher. Check the versions of torch and onnxruntime."
         )
+
+
+def _churn(candidates: Sequence[Candidate], profiles: Sequence[Profile], *, artifact: Artifact) -> Churn | None:
+    """Return what changed from teacher to student to int8, as far as these were measured; None of one model alone."""
+    chosen = _steps(candidates)
+    if len(chosen) < 2:
+        return None
+    found = find_churn(
+        {role: profiles[at].logits for role, at in chosen.items()},
+        part=artifact.evaluation(),
+        labels=artifact.labels,
+        metrics=artifact.metric_names,
+        tokenizer=Tokenizer.from_file(str(artifact.file("tokenizer.json"))),
+    )
+    names = {role: candidates[at].name for role, at in chosen.items()}
+    return Churn({"file": CHURN, "models": names} | found.record, found.lines)
+
+
+def _steps(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Return the places of teacher, fp32 student and int8 student: the int8 graph used by default, and what it came from."""
+    place = {candidate.graph: at for at, candidate in enumerate(candidates) if candidate.model == "student"}
+    present = [graph for graph in FASTEST_FIRST if graph in place]
+    quantized = next((graph for graph in present if candidates[place[graph]].precision == "int8"), None)
+    full = [graph for graph in present if candidates[place[graph]].precision == "fp32"]
+    full.sort(key=lambda graph: graph.startswith("fused") != (quantized or graph).startswith("fused"))
+    chosen = {"teacher": 0} if candidates[0].model == "teacher" else {}
+    chosen |= {"student": place[full[0]]} if full else {}
+    return chosen | ({"int8": place[quantized]} if quantized else {})
 
 
 def _measurement(entry: dict[str, Any], result: CellResult, *, at: int, baseline: bool, seed: int) -> dict[str, Any]:

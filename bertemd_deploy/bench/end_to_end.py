@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.classifier import Classifier
-from bertemd_deploy.encoding import Encoded
+from bertemd_deploy.encoding import Encoded, decoded
 from bertemd_deploy.predictions import Prediction
 
 if TYPE_CHECKING:
@@ -31,14 +31,7 @@ class Answerer:
 
     def texts(self, examples: Encoded) -> tuple[list[str], list[str] | None]:
         """Return the rows as texts, special tokens left out; second segments too where a row has one, else None."""
-        segments: tuple[list[str], list[str]] = ([], [])
-        for row in range(len(examples)):
-            piece = slice(examples.offsets[row], examples.offsets[row + 1])
-            tokens, types = examples.tokens[piece], examples.types[piece]
-            for kind, texts in enumerate(segments):
-                texts.append(self._decoder.decode(tokens[types == kind].tolist(), skip_special_tokens=True))
-        first, second = segments
-        return first, second if examples.types.any() else None
+        return decoded(self._decoder, examples)
 
     def answer(self, texts: list[str], pairs: list[str] | None) -> list[Prediction]:
         """Return one prediction per text, all run as one batch; a text too long for the model adds rows to it."""

@@ -87,6 +87,11 @@ def _processor(root: Path) -> tuple[str | None, list[str] | None]:
     return platform.processor() or None, None
 
 
+def instruction_sets(root: Path = Path("/")) -> list[str] | None:
+    """Return this processor's instruction sets of `ISA_FLAGS`, or None where the system does not tell."""
+    return _processor(root)[1]
+
+
 def uses_bfloat16(precision: str, root: Path = Path("/")) -> bool:
     """Say whether training of this `precision` ("auto", "float32", "bfloat16") multiplies in bfloat16 on this processor.
 
@@ -94,8 +99,7 @@ def uses_bfloat16(precision: str, root: Path = Path("/")) -> bool:
     """
     if precision != "auto":
         return precision == "bfloat16"
-    _, isa = _processor(root)
-    return bool({"avx512_bf16", "amx_bf16"} & set(isa or ()))
+    return bool({"avx512_bf16", "amx_bf16"} & set(instruction_sets(root) or ()))
 
 
 def device(root: Path = Path("/")) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def _open_fields(candidate: Candidate, *, artifact: Artifact, threads: int, seed
     return {
         "backend": candidate.backend,
         "path": str(candidate.path),
+        "token_ids": candidate.token_ids,
         "threads": threads,
         "artifact": str(artifact.folder),
         "seed": seed,

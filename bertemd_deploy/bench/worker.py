@@ -5,8 +5,8 @@ whatever libraries print on stdout goes to stderr. It ends when stdin does. Only
 the "open" command, which times the imports. A known failure is answered as {"error": message}; anything else ends the process
 with its traceback on stderr, and `process.Worker` turns that into a sentence.
 
-Commands: "open" (backend, path, threads, artifact, seed), "first" (sequence), "warm" and "turn" (a cell, see `_calls`),
-"memory" (batches), "evaluate" (out), "export" (teacher, path, exporter, opset, kind).
+Commands: "open" (backend, path, threads, artifact, seed, token_ids), "first" (sequence), "warm" and "turn" (a cell, see
+`_calls`), "memory" (batches), "evaluate" (out), "export" (teacher, path, exporter, opset, kind).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
@@ -92,6 +92,21 @@ class TorchModel:
         return logits
 
 
+class Translated:
+    """A model that is given its own ids for the artifact's tokens."""
+
+    def __init__(self, model: Model, token_ids: Sequence[int]) -> None:
+        """Wrap `model`; `token_ids` holds its id for each of the artifact's."""
+        import numpy as np
+
+        self._model, self.parameters = model, model.parameters
+        self._ids = np.asarray(token_ids, dtype=np.int64)
+
+    def run(self, inputs: Inputs) -> NDArray[np.float32]:
+        """Return the logits of one batch, (batch, outputs) or (batch, sequence, outputs)."""
+        return self._model.run(inputs | {"input_ids": self._ids[inputs["input_ids"]]})
+
+
 MODELS: dict[str, type[OnnxModel] | type[TorchModel]] = {"onnxruntime": OnnxModel, "pytorch": TorchModel}
 
 
@@ -103,8 +118,13 @@ class Session:
     _workload: Workload
     _answerer: Answerer | None = None
 
-    def open(self, *, backend: str, path: str, threads: int, artifact: str, seed: int) -> dict[str, Any]:
-        """Import the backend and open the model; import_ms, load_ms, rss_after_import_bytes, parameters."""
+    def open(
+        self, *, backend: str, path: str, threads: int, artifact: str, seed: int, token_ids: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """Import the backend and open the model; import_ms, load_ms, rss_after_import_bytes, parameters.
+
+        `token_ids` are the model's for each of the artifact's, where these differ.
+        """
         started = time.perf_counter()
         for module in IMPORTS[backend]:
             importlib.import_module(module)
@@ -119,6 +139,8 @@ class Session:
         loading = time.perf_counter()
         self._model = MODELS[backend](Path(path), artifact=self._artifact, threads=threads)
         loaded = time.perf_counter()
+        if token_ids is not None:
+            self._model = Translated(self._model, token_ids)
         self._workload = Workload.load(self._artifact, seed=seed)
         return {
             "import_ms": 1000 * (imported - started),

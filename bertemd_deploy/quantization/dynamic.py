@@ -1,12 +1,12 @@
 """Dynamic int8: activations U8 per tensor, measured at each call; weights S8, symmetric. Graph in, graph out, torch-free.
 
     matrix products   q = round(x / s_x) + z_x (uint8), W = s_w W_q (int8);  x W ~ s_x s_w (q - z_x) W_q, added in int32
-    embedding tables  int8 rows, one scale per row (stored as float16 where its range allows), looked up then multiplied
+    embedding tables  rows in 8 or 4 bits with scales of their own, looked up then multiplied (see `tables`)
 
 The portable form is DynamicQuantizeLinear, MatMulInteger, Cast, Mul; the fused form one DynamicQuantizeMatMul with its
 bias. A Gelu behind a fused product becomes its tanh form, at most 5e-4 from the exact one: a tenth of an int8 step of what
-it puts out, for a fifth of its time. Only two-dimensional weights become int8: biases, LayerNorm parameters, the segment table (2 rows) and the task's
-head stay float32, and so does what runs between the products.
+it puts out, in four fifths of the time. Only two-dimensional weights become int8: biases, LayerNorm parameters, the
+segment table (2 rows) and the task's head stay float32, and so does what runs between the products.
 
 ONNX Runtime's own quantize_dynamic is not used: it gives a whole embedding table one scale, rounds the LayerNorm
 parameters of a fused embedding too, and leaves each bias outside its product.
@@ -15,6 +15,7 @@ parameters of a fused embedding too, and leaves each bias outside its product.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal, Protocol
 
 import numpy as np
 import onnx
@@ -22,22 +23,32 @@ from numpy.typing import NDArray
 
 from bertemd_deploy.errors import ExportError
 from bertemd_deploy.onnx_edit import MICROSOFT, Editor, attribute, declare_microsoft, tidy
+from bertemd_deploy.quantization.tables import write_lookup
+from bertemd_deploy.quantization.unsigned import unsigned
 
+WeightType = Literal["int8", "uint8"]
 ACTIVATION_TYPE = "uint8"
-WEIGHT_TYPE = "int8"
+WEIGHT_TYPE: WeightType = "int8"
 REDUCE_RANGE = False  # full 8-bit weights: exact with VNNI, AMX or Arm; older x86 saturates at extremes
 _BEHIND_HEAD = {"Add", "Gather"}
-_SMALLEST_TABLE = 16  # rows; a shorter table (segments) is not worth a second lookup
+SMALLEST_TABLE = 16  # rows; a shorter table (segments) is not worth a second lookup
 
 
 def operators(model: onnx.ModelProto) -> list[str]:
     """Return the names of the nodes of `model` that can be quantized, in graph order."""
     editor = Editor(model)
-    return [node.name for node in model.graph.node if _weight_of(editor, node) is not None]
+    return [node.name for node in model.graph.node if weight_of(editor, node) is not None]
 
 
 def quantize(
-    model: onnx.ModelProto, *, fused: bool, per_channel: bool = False, excluded: Collection[str] = ()
+    model: onnx.ModelProto,
+    *,
+    fused: bool,
+    per_channel: bool = False,
+    excluded: Collection[str] = (),
+    weight_type: WeightType = WEIGHT_TYPE,
+    reduce_range: bool = REDUCE_RANGE,
+    embedding_bits: int = 8,
 ) -> onnx.ModelProto:
     """Return the int8 form of an fp32 graph.
 
@@ -46,9 +57,76 @@ def quantize(
         fused: write ONNX Runtime's fused product rather than standard operators.
         per_channel: one scale per output column of a matrix rather than one per matrix.
         excluded: names of nodes that stay fp32.
+        weight_type: "uint8" holds the same weights 128 higher, with a zero point: x86 without VNNI multiplies them exactly,
+            in a slower kernel (see `unsigned`).
+        reduce_range: weights in 7 bits, [-64, 64]: no two products of them with activations overflow the 16 bits in which
+            x86 without VNNI adds them (see `emulation`).
+        embedding_bits: 8, or 4 for the table of words (see `tables`).
 
     Raises:
-        ExportError: `excluded` names a node that cannot be quantized, or nothing is left to quantize.
+        ExportError: `excluded` names a node that cannot be quantized, nothing is left to quantize, or the table of words
+            does not come in so few bits.
+    """
+    quantized_inputs: dict[str, list[str]] = {}
+
+    def product(editor: Editor, node: onnx.NodeProto, weights: list[str], *, bias: str, output: str) -> None:
+        if fused:
+            inputs = [node.input[0], *weights, *(["", bias] if bias else [])]
+            editor.emit("DynamicQuantizeMatMul", inputs, name=node.name, outputs=[output], domain=MICROSOFT)
+        else:
+            _integer_product(editor, node, weights, bias=bias, output=output, cache=quantized_inputs)
+
+    result = rewrite_products(
+        model,
+        product,
+        fused=fused,
+        per_channel=per_channel,
+        excluded=excluded,
+        reduce_range=reduce_range,
+        embedding_bits=embedding_bits,
+    )
+    _check(result)
+    return unsigned(result) if weight_type == "uint8" else result
+
+
+class Product(Protocol):
+    """Writes one matrix product with int8 weights."""
+
+    def __call__(self, editor: Editor, node: onnx.NodeProto, weights: list[str], *, bias: str, output: str) -> None:
+        """Emit what replaces a product.
+
+        Args:
+            editor: where to.
+            node: the float product; its first input is the activation.
+            weights: constants: int8 codes (K, N), and their scale, () or (N,).
+            bias: the constant (N,) to add, or "".
+            output: name of the sum.
+        """
+
+
+def rewrite_products(
+    model: onnx.ModelProto,
+    product: Product,
+    *,
+    fused: bool,
+    per_channel: bool,
+    excluded: Collection[str],
+    reduce_range: bool = False,
+    embedding_bits: int = 8,
+) -> onnx.ModelProto:
+    """Return a graph whose embedding tables are int8 and whose products are what `product` writes.
+
+    Args:
+        model: as for `quantize`, and so are `per_channel` and `excluded`.
+        product: writes each product.
+        fused: hand each product the bias that is added behind it, and write the Gelu behind it as a FastGelu.
+        per_channel: one scale per output column.
+        excluded: names of nodes that stay fp32.
+        reduce_range: weights in 7 bits.
+        embedding_bits: as for `quantize`.
+
+    Raises:
+        ExportError: as `quantize`.
     """
     names = operators(model)
     unknown = sorted(set(excluded) - set(names))
@@ -62,63 +140,42 @@ def quantize(
     editor = Editor(result)
     if fused:
         declare_microsoft(result)
-    quantized_inputs: dict[str, list[str]] = {}
     absorbed: set[str] = set()
 
     def replace(node: onnx.NodeProto) -> bool:
         if node.output[0] in absorbed:
             return True
-        weight = None if node.name in excluded else _weight_of(editor, node)
+        weight = None if node.name in excluded else weight_of(editor, node)
         if weight is None:
             return False
         if node.op_type == "Gather":
-            _table(editor, node, weight)
+            write_lookup(editor, node, weight, bits=embedding_bits)
             return True
         bias, output = _bias_of(editor, node, absorb=fused)
         gelu = _gelu_of(editor, node) if fused else None
         if gelu is not None:
             bias, output = gelu.input[1], editor.fresh(f"{node.name}/biased")
-        codes, scale = quantize_weight(weight, per_channel=per_channel)
+        codes, scale = quantize_weight(weight, per_channel=per_channel, largest_code=64 if reduce_range else 127)
         weights = [editor.constant(codes, f"{node.name}/int8"), editor.constant(scale, f"{node.name}/scale")]
-        if fused:
-            inputs = [node.input[0], *weights, *(["", bias] if bias else [])]
-            editor.emit("DynamicQuantizeMatMul", inputs, name=node.name, outputs=[output], domain=MICROSOFT)
-            if gelu is not None:
-                editor.emit("FastGelu", [output], name=gelu.name, outputs=list(gelu.output), domain=MICROSOFT)
-                output = gelu.output[0]
-            absorbed.add(output)
-        else:
-            _integer_product(editor, node, weights, bias=bias, cache=quantized_inputs)
+        product(editor, node, weights, bias=bias, output=output)
+        if gelu is not None:
+            editor.emit("FastGelu", [output], name=gelu.name, outputs=list(gelu.output), domain=MICROSOFT)
+            output = gelu.output[0]
+        absorbed.add(output)
         return True
 
     editor.rewrite(replace)
     tidy(result, opset=next(entry.version for entry in result.opset_import if not entry.domain))
-    _check(result)
     return result
 
 
-def quantize_weight(weight: NDArray[np.float32], *, per_channel: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Return int8 codes (K, N) in [-127, 127] and their scale, () or (N,), of a float weight (K, N)."""
+def quantize_weight(
+    weight: NDArray[np.float32], *, per_channel: bool, largest_code: int = 127
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return int8 codes (K, N) of up to `largest_code` either way and their scale, () or (N,), of a float weight (K, N)."""
     largest = np.abs(weight).max(axis=0) if per_channel else np.abs(weight).max()
-    scale = np.asarray(np.where(largest > 0, largest / 127, 1), dtype=np.float32)
+    scale = np.asarray(np.where(largest > 0, largest / largest_code, 1), dtype=np.float32)
     return _codes(weight, scale), scale
-
-
-def quantize_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.floating]]:
-    """Return int8 codes (V, H) and one scale per row (V, 1): float16 where every scale is a normal float16, else float32.
-
-    Codes are made with the scale as stored, so storing it in float16 costs no accuracy.
-    """
-    largest = np.abs(table).max(axis=1, keepdims=True)
-    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-    limits = np.finfo(np.float16)
-    if scale.min() >= limits.smallest_normal and scale.max() < limits.max:
-        half = scale.astype(np.float16)
-        short = half.astype(np.float32) < scale  # rounded down: the largest entry would clip
-        stored: NDArray[np.floating] = np.where(short, np.nextafter(half, np.float16(np.inf)), half).astype(np.float16)
-    else:
-        stored = scale
-    return _codes(table, stored.astype(np.float32)), stored
 
 
 def _codes(values: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int8]:
@@ -126,7 +183,7 @@ def _codes(values: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[n
     return codes
 
 
-def _weight_of(editor: Editor, node: onnx.NodeProto) -> NDArray[np.float32] | None:
+def weight_of(editor: Editor, node: onnx.NodeProto) -> NDArray[np.float32] | None:
     """Return the float weight that quantizing `node` would replace, (K, N) or (rows, H), or None."""
     if node.domain or node.op_type not in {"MatMul", "Gemm", "Gather"}:
         return None
@@ -134,7 +191,7 @@ def _weight_of(editor: Editor, node: onnx.NodeProto) -> NDArray[np.float32] | No
     if array is None or array.ndim != 2 or array.dtype != np.float32:
         return None
     if node.op_type == "Gather":
-        return array if attribute(node, "axis", 0) == 0 and len(array) >= _SMALLEST_TABLE else None
+        return array if attribute(node, "axis", 0) == 0 and len(array) >= SMALLEST_TABLE else None
     if _is_head(editor, node):
         return None  # a few thousand weights, and the logits come straight from it
     if node.op_type == "Gemm":
@@ -181,7 +238,13 @@ def _gelu_of(editor: Editor, node: onnx.NodeProto) -> onnx.NodeProto | None:
 
 
 def _integer_product(
-    editor: Editor, node: onnx.NodeProto, weights: list[str], *, bias: str, cache: dict[str, list[str]]
+    editor: Editor,
+    node: onnx.NodeProto,
+    weights: list[str],
+    *,
+    bias: str,
+    output: str,
+    cache: dict[str, list[str]],
 ) -> None:
     source, name = node.input[0], node.name
     if source not in cache:
@@ -190,23 +253,9 @@ def _integer_product(
     (total,) = editor.emit("MatMulInteger", [codes, weights[0], zero_point], name=name)
     (real,) = editor.emit("Cast", [total], name=f"{name}/cast", to=onnx.TensorProto.FLOAT)
     (scales,) = editor.emit("Mul", [scale, weights[1]], name=f"{name}/scales")
-    (product,) = editor.emit("Mul", [real, scales], name=f"{name}/rescale", outputs=1 if bias else list(node.output))
+    (product,) = editor.emit("Mul", [real, scales], name=f"{name}/rescale", outputs=1 if bias else [output])
     if bias:
-        editor.emit("Add", [product, bias], name=f"{name}/bias", outputs=list(node.output))
-
-
-def _table(editor: Editor, node: onnx.NodeProto, table: NDArray[np.float32]) -> None:
-    codes, scale = quantize_rows(table)
-    indices, name = node.input[1], node.name
-    found = []
-    for value, part in ((codes, "int8"), (scale, "scale")):
-        (rows,) = editor.emit(
-            "Gather", [editor.constant(value, f"{name}/{part}"), indices], name=f"{name}/{part}", axis=0
-        )
-        if value.dtype != np.float32:
-            (rows,) = editor.emit("Cast", [rows], name=f"{name}/{part}/cast", to=onnx.TensorProto.FLOAT)
-        found.append(rows)
-    editor.emit("Mul", found, name=f"{name}/rescale", outputs=list(node.output))
+        editor.emit("Add", [product, bias], name=f"{name}/bias", outputs=[output])
 
 
 def _check(model: onnx.ModelProto) -> None:

@@ -1,26 +1,38 @@
 """The int8 form of a graph that keeps the accuracy: tried from fastest to safest, every trial recorded.
 
 One scale per matrix first, then one per column, then the most sensitive operators left in fp32. Judged on the evaluation
-slice, sensitivity measured on the calibration slice. Torch-free.
+slice; sensitivity, and how static int8 is best calibrated, measured on the calibration slice. Where the target's CPUs may add
+int8 products in 16 bits, weights that could overflow these are judged by what such a CPU would compute as well, and the
+target's safer weights are tried where that loses too much. Torch-free.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.console import note, progress
+from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import GateError
 from bertemd_deploy.gate import keep_rejected, score
+from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.onnx_edit import save
+from bertemd_deploy.quantization.calibration import METHODS, Range, collect
 from bertemd_deploy.quantization.dynamic import operators, quantize
+from bertemd_deploy.quantization.saturation import predict_saturation
+from bertemd_deploy.quantization.static import activations, quantize_static
+from bertemd_deploy.quantization.unsigned import unsigned
 from bertemd_deploy.runtime import open_session, predict_logits
+from bertemd_deploy.targets import FULL, REDUCED, TARGETS, UNSIGNED, Target, Weights
+from bertemd_deploy.tasks import Kind
 
 SENSITIVITY_EXAMPLES = 64
 EXCLUSIONS = (1, 2, 4, 8)  # how many of the most sensitive operators the trials leave in fp32, in turn
@@ -28,7 +40,21 @@ EXCLUSIONS = (1, 2, 4, 8)  # how many of the most sensitive operators the trials
 
 @dataclass(frozen=True)
 class Trial:
-    """One int8 setting and what it scored; `metric` None where a logit was not finite."""
+    """One int8 setting and what it scored.
+
+    Attributes:
+        graph: which of the artifact's graphs.
+        per_channel: one weight scale per column.
+        excluded: operators in fp32.
+        metric: None where a logit was not finite.
+        drop_points: points lost against the reference.
+        passed: whether that is allowed.
+        mode: dynamic or static.
+        method: where static ranges came from: a method of `calibration`, or "training"; None for dynamic.
+        weights: how they are held.
+        saturating_metric: the metric on a CPU whose int8 sums saturate, predicted; None where that was not asked.
+        saturated_pairs: sums of two products that saturate there, of all on the examples; None likewise.
+    """
 
     graph: str
     per_channel: bool
@@ -36,6 +62,15 @@ class Trial:
     metric: float | None
     drop_points: float | None
     passed: bool
+    mode: str = "dynamic"
+    method: str | None = None
+    weights: Weights = FULL
+    saturating_metric: float | None = None
+    saturated_pairs: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the manifest's entry, flat."""
+        return {name: value for name, value in asdict(self).items() if name != "weights"} | asdict(self.weights)
 
 
 @dataclass
@@ -49,9 +84,15 @@ class Int8Search:
         reference: that metric of the fp32 student.
         max_drop: points (0.01) that it may lose.
         evaluation: examples judged on.
-        calibration: examples that the operators' sensitivity is measured on.
+        calibration: train examples that static ranges and the operators' sensitivity are measured on.
         pad_id: token id of padding.
         label_names: label names by number, for metrics that count by name.
+        kind: of the task.
+        target: whose weights are tried.
+        embedding_bits: of the table of words, 8 or 4.
+        mode: activations measured at each call, or ranges known beforehand.
+        trained_ranges: static ranges learnt in training, by tensor of `model`; None calibrates.
+        granularities: `per_channel` of the trials without exclusions, in turn; the last one's is kept in those with.
         trials: what was tried so far.
     """
 
@@ -64,27 +105,38 @@ class Int8Search:
     calibration: DataSlice
     pad_id: int
     label_names: Sequence[str] = ()
+    kind: Kind = "classification"
+    target: Target = TARGETS["x86-avx512-vnni"]
+    embedding_bits: int = 8
+    mode: Literal["dynamic", "static"] = "dynamic"
+    trained_ranges: Mapping[str, Range] | None = None
+    granularities: Sequence[bool] = (False, True)
     trials: list[Trial] = field(default_factory=list)
+    _method: str | None = field(default=None, init=False)
+    _ranges: Mapping[str, Range] = field(default_factory=dict, init=False)
 
     def run(self, path: Path, *, out: Path) -> Trial:
         """Write the first int8 graph that passes to `path`; return its trial.
 
         Raises:
             GateError: none passed; the best one is kept as rejected.
+            ExportError: static int8 cannot be calibrated, or a trained range is missing.
         """
         name = path.name
-        for per_channel in (False, True):
-            if self._attempt(path, per_channel=per_channel, excluded=[]):
+        if self.mode == "static":
+            self._find_ranges(path)
+        for per_channel in self.granularities:
+            if self._attempts(path, per_channel=per_channel, excluded=[]):
                 return self.trials[-1]
         note(f"{name}: {self._sentence(self.trials[-1])}; looking for the operators that lose it")
         ranked = self._ranked(path)
         for count in EXCLUSIONS:
             if count >= len(ranked):
                 break
-            if self._attempt(path, per_channel=True, excluded=ranked[:count]):
+            if self._attempts(path, per_channel=self.granularities[-1], excluded=ranked[:count]):
                 return self.trials[-1]
         best = max(self.trials, key=lambda trial: -np.inf if trial.metric is None else trial.metric)
-        self._write(path, per_channel=best.per_channel, excluded=best.excluded)
+        self._write(path, per_channel=best.per_channel, excluded=best.excluded, weights=best.weights)
         kept = keep_rejected(path, out=out)
         tried = "; ".join(self._sentence(trial) for trial in self.trials)
         raise GateError(
@@ -93,40 +145,124 @@ class Int8Search:
             "Raise quantize.max_drop, or set quantize.mode to none."
         )
 
-    def _write(self, path: Path, *, per_channel: bool, excluded: Sequence[str]) -> None:
-        save(quantize(self.model, fused=self.fused, per_channel=per_channel, excluded=excluded), path)
+    def _find_ranges(self, path: Path) -> None:
+        """Take the trained ranges, or those of the method that keeps the calibration slice's logits closest to fp32's."""
+        if self.trained_ranges is not None:
+            self._method, self._ranges = "training", self.trained_ranges
+            return
+        part = self.calibration.examples
+        seen = collect(self.model, activations(self.model), examples=part, pad_id=self.pad_id, count=len(part))
+        examples, expected = self._fp32_logits(path)
+        errors = {}
+        found = {method: seen.ranges(method) for method in METHODS}
+        for method in METHODS:
+            self._ranges = found[method]
+            self._write(path, per_channel=self.granularities[-1], excluded=[])
+            errors[method] = self._error(path, examples, expected)
+        self._method = min(errors, key=errors.__getitem__)
+        self._ranges = found[self._method]
 
-    def _attempt(self, path: Path, *, per_channel: bool, excluded: list[str]) -> bool:
-        self._write(path, per_channel=per_channel, excluded=excluded)
+    def _write(
+        self, path: Path, *, per_channel: bool, excluded: Sequence[str], weights: Weights = FULL
+    ) -> onnx.ModelProto:
+        chosen: dict[str, Any] = {
+            "fused": self.fused,
+            "per_channel": per_channel,
+            "excluded": excluded,
+            "reduce_range": weights.reduce_range,
+            "embedding_bits": self.embedding_bits,
+        }
+        if self.mode == "static":
+            made = quantize_static(self.model, ranges=self._ranges, **chosen)
+        else:
+            made = quantize(self.model, **chosen)
+        if weights.weight_type == "uint8":
+            made = unsigned(made)
+        save(made, path)
+        return made
+
+    def _attempts(self, path: Path, *, per_channel: bool, excluded: list[str]) -> bool:
+        """Try the target's weights in turn, the safer ones only where saturation alone stood in the way."""
+        for weights in self.target.weights:
+            if self._attempt(path, per_channel=per_channel, excluded=excluded, weights=weights):
+                return True
+            if self._misses(self.trials[-1].metric):
+                return False  # fewer bits would not bring it back
+        return False
+
+    def _attempt(self, path: Path, *, per_channel: bool, excluded: list[str], weights: Weights) -> bool:
+        made = self._write(path, per_channel=per_channel, excluded=excluded, weights=weights)
         found = score(path, self.metrics[:1], part=self.evaluation, pad_id=self.pad_id, label_names=self.label_names)
         metric = found[self.metrics[0]] if found else None
-        drop = None if metric is None else round((self.reference - metric) * 100, 6)
-        passed = drop is not None and drop <= self.max_drop
-        kind = "fused-int8" if self.fused else "int8"
-        self.trials.append(Trial(kind, per_channel, list(excluded), metric, drop, passed))
+        passed, saturating, pairs = not self._misses(metric), None, None
+        if passed and self.target.saturates and weights.can_saturate:
+            report = predict_saturation(made, examples=self.evaluation.examples, pad_id=self.pad_id, kind=self.kind)
+            pairs, saturating = report.saturated, self._metric(report.logits)
+            passed = not self._misses(saturating)
+        self.trials.append(
+            Trial(
+                graph="fused-int8" if self.fused else "int8",
+                per_channel=per_channel,
+                excluded=list(excluded),
+                metric=metric,
+                drop_points=self._drop(metric),
+                passed=passed,
+                mode=self.mode,
+                method=self._method,
+                weights=weights,
+                saturating_metric=saturating,
+                saturated_pairs=pairs,
+            )
+        )
         return passed
+
+    def _metric(self, logits: NDArray[np.float32]) -> float | None:
+        if not np.isfinite(logits).all():
+            return None
+        found = evaluate_metrics(self.metrics[:1], logits=logits, part=self.evaluation, label_names=self.label_names)
+        return found[self.metrics[0]]
+
+    def _drop(self, metric: float | None) -> float | None:
+        return None if metric is None else round((self.reference - metric) * 100, 6)
+
+    def _misses(self, metric: float | None) -> bool:
+        drop = self._drop(metric)
+        return drop is None or drop > self.max_drop
 
     def _sentence(self, trial: Trial) -> str:
         weights = "a scale per column" if trial.per_channel else "a scale per matrix"
+        weights += f", ranges by {trial.method}" if trial.method else ""
+        weights += {REDUCED: ", 7 bits", UNSIGNED: ", unsigned"}.get(trial.weights, "")
         kept = f" with {len(trial.excluded)} operators in fp32" if trial.excluded else ""
         found = "outputs that are not finite" if trial.metric is None else f"{trial.metric:.4f}"
+        if trial.saturated_pairs:
+            clipped = trial.saturating_metric
+            found += f" ({'not finite' if clipped is None else f'{clipped:.4f}'} on CPUs without exact int8 sums)"
         return f"{weights}{kept}: {found}"
 
-    def _ranked(self, path: Path) -> list[str]:
-        """Return the operators, the one whose return to fp32 brings the logits closest to fp32's first."""
-        names = operators(self.model)
+    def _fp32_logits(self, path: Path) -> tuple[Encoded, NDArray[np.float32]]:
+        """Return some calibration examples, and the fp32 graph's logits of them."""
         rows = np.arange(min(SENSITIVITY_EXAMPLES, len(self.calibration.examples)))
         examples = self.calibration.examples.select(rows)
         with tempfile.TemporaryDirectory() as folder:
             original = Path(folder) / path.name
             save(self.model, original)
-            expected = predict_logits(open_session(original), examples, pad_id=self.pad_id)
+            return examples, predict_logits(open_session(original), examples, pad_id=self.pad_id)
+
+    def _error(self, path: Path, examples: Encoded, expected: NDArray[np.float32]) -> float:
+        """Return how far the graph at `path` is from fp32's logits, as a mean square; infinite where one is not finite."""
+        found = predict_logits(open_session(path), examples, pad_id=self.pad_id)
+        error = float(np.square(found.astype(np.float64) - expected).mean())
+        return error if np.isfinite(error) else np.inf
+
+    def _ranked(self, path: Path) -> list[str]:
+        """Return the operators, the one whose return to fp32 brings the logits closest to fp32's first."""
+        names = operators(self.model)
+        examples, expected = self._fp32_logits(path)
         errors = {}
         with progress("sensitivity", len(names)) as bar:
             for name in names:
-                self._write(path, per_channel=True, excluded=[name])
-                found = predict_logits(open_session(path), examples, pad_id=self.pad_id)
-                error = float(np.square(found.astype(np.float64) - expected).mean())
-                errors[name] = error if np.isfinite(error) else np.inf
+                self._write(path, per_channel=self.granularities[-1], excluded=[name])
+                errors[name] = self._error(path, examples, expected)
                 bar.advance(detail=name)
         return sorted(names, key=errors.__getitem__)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bertemd_deploy.report.changes import change_list, change_sentences, change_table
 from bertemd_deploy.report.drawing import Drawing
 from bertemd_deploy.report.figures import device_figures
 from bertemd_deploy.report.mapping import distillation_figures
@@ -19,6 +20,7 @@ from bertemd_deploy.report.tables import (
     Line,
     Table,
     comparison_table,
+    invariance_table,
     machine_table,
     measurement_table,
     parity_table,
@@ -39,7 +41,7 @@ from bertemd_deploy.report.text import (
 )
 from bertemd_deploy.report.verdict import excess_drop, remarks, verdict
 
-_UNIT = re.compile(r"(?<=\d) (?=(?:ms|kB|MB|GB)\b)")  # a number and its unit stay on one line
+_UNIT = re.compile(r"(?<=\d) (?=(?:ms|kB|MB|GB)\b)|(?<=\bp) (?=[=<] \d)|(?<=\bp [=<]) (?=\d)")  # these stay on one line
 STYLE = Path(__file__).with_name("page.css")
 
 
@@ -51,6 +53,7 @@ def to_html(comparisons: Sequence[Comparison]) -> str:
     sections = [
         _section("verdict", "Verdict", [_verdict(comparison, alone=len(records) == 1) for comparison in comparisons]),
         _section("comparison", "Side by side", _per_device(comparisons, _comparison)),
+        _section("changes", "What changed", _per_device(comparisons, _changes)),
         _section("figures", "Speed, score and memory", _per_device(comparisons, _device_figures)),
         _section("mapping", "Which teacher layer taught which", _distillation(records)),
         _section("quantization", "Quantization and parity", _quantization(records)),
@@ -154,6 +157,19 @@ def _comparison(comparison: Comparison, place: int) -> str:
     return _table(comparison_table(comparison)) if comparison.rows else ""
 
 
+def _changes(comparison: Comparison, place: int) -> str:
+    record = comparison.record
+    steps, listed = change_table(record), change_list(record)
+    if steps is None:
+        return ""
+    said = "".join(
+        f"<li><strong>{_text(name)}:</strong> {_text(words)}</li>" for name, words in change_sentences(record).items()
+    )
+    shown = f'<div class="list">\n{_table(listed)}\n</div>' if listed else ""
+    folded = _details("Show the examples decided otherwise", shown) if listed else ""
+    return f"<ul>{said}</ul>\n{_table(steps)}\n{folded}"
+
+
 def _device_figures(comparison: Comparison, place: int) -> str:
     return _figures(device_figures(comparison, name=str(place)))
 
@@ -182,10 +198,10 @@ def _distillation(records: Sequence[Record]) -> list[str]:
 def _quantization(records: Sequence[Record]) -> list[str]:
     parts: list[str] = []
     for record in _distinct(records, "artifact"):
-        settings, parity, trials = settings_table(record), parity_table(record), trials_table(record)
-        pair = _titled("Settings", settings) + _titled("Parity", parity)
-        parts.append(f'<div class="pair">{pair}</div>' if settings and parity else pair)
-        parts.append(_titled("Quantization trials", trials))
+        parts.append(_titled("Settings", settings_table(record)))
+        parts.append(_titled("Parity", parity_table(record)))
+        parts.append(_titled("Padding and batch mates", invariance_table(record)))
+        parts.append(_titled("Quantization trials", trials_table(record)))
     return parts
 
 

@@ -1,13 +1,17 @@
-"""The summary for a pull request: verdict, student beside teacher, links to the page and the records."""
+"""The summary for a pull request: verdict, student beside teacher, what changed, links to the page and the records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bertemd_deploy.report.changes import change_list, change_sentences, change_table
+from bertemd_deploy.report.records import Record
 from bertemd_deploy.report.summary import Comparison, head
 from bertemd_deploy.report.tables import Table, comparison_table
 from bertemd_deploy.report.text import markdown
 from bertemd_deploy.report.verdict import remarks, verdict
+
+LIST_SHOWN = 20  # examples; the page has more
 
 
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
@@ -20,8 +24,24 @@ def to_markdown(comparisons: Sequence[Comparison]) -> str:
         parts.append(f"**{markdown(verdict(comparison))}**")
         parts += [markdown(remark) for remark in remarks(comparison)]
         parts.append(_table(comparison_table(comparison)))
+        parts += _changes(comparison.record)
     parts.append("Figures and all measurements: [index.html](index.html). Records: [report.json](report.json).")
     return "\n\n".join(parts) + "\n"
+
+
+def _changes(record: Record) -> list[str]:
+    """Return what changed from model to model, the examples folded away."""
+    steps, listed = change_table(record), change_list(record, most=LIST_SHOWN)
+    if steps is None:
+        return []
+    parts = [
+        "**What changed**",
+        "\n".join(f"- **{markdown(name)}:** {markdown(said)}" for name, said in change_sentences(record).items()),
+        _table(steps),
+    ]
+    if listed is not None:
+        parts.append(f"<details><summary>The examples decided otherwise</summary>\n\n{_table(listed)}\n\n</details>")
+    return parts
 
 
 def _table(table: Table) -> str:

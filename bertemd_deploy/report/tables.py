@@ -155,6 +155,38 @@ def parity_table(record: Record) -> Table | None:
     return _named_table(dig(record.artifact, "parity", "graphs"), caption, first="Graph")
 
 
+def invariance_table(record: Record) -> Table | None:
+    """Return how far padding and batch mates change each graph's answers, or None where that is not recorded."""
+    graphs = dig(record.artifact, "invariance")
+    found = {str(name): entry for name, entry in graphs.items()} if isinstance(graphs, Mapping) else {}
+    found = {name: entry for name, entry in found.items() if isinstance(entry, Mapping)}
+    if not found:
+        return None
+    columns = {
+        "Activation scales": [str(entry.get("activation_scales") or NOT_MEASURED) for entry in found.values()],
+        "Examples": [plain("", entry.get("examples")) for entry in found.values()],
+        "Changed decisions": [percent(number(entry.get("changed_decision_share"))) for entry in found.values()],
+        "Allowed": [percent(number(entry.get("changed_decision_share_allowed"))) for entry in found.values()],
+        "Largest logit difference": [plain("", entry.get("max_abs_logit_difference")) for entry in found.values()],
+        "Most changed": [_most_changed(entry) for entry in found.values()],
+    }
+    caption = (
+        "Each graph's answers to examples that are padded further, in batches that mix lengths or with other mates, against "
+        "its answers to each alone and unpadded: the largest share of changed decisions, and what is allowed."
+    )
+    lines = [Line([name, *(cells[at] for cells in columns.values())]) for at, name in enumerate(found)]
+    return Table(caption, ["Graph", *columns], lines, frozenset({0, 1, 6}))
+
+
+def _most_changed(entry: Mapping[str, Any]) -> str:
+    arrangements = entry.get("arrangements")
+    shares = {
+        str(name): number(dig(arrangement, "changed_decision_share")) or 0.0
+        for name, arrangement in (arrangements.items() if isinstance(arrangements, Mapping) else ())
+    }
+    return max(shares, key=lambda name: shares[name]) if any(shares.values()) else "–"
+
+
 def trials_table(record: Record) -> Table | None:
     """Return what quantization tried, in order, or None where nothing is recorded."""
     trials = dig(record.artifact, "quantization", "trials")

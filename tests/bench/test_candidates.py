@@ -26,7 +26,7 @@ def test_graphs_asked_for_and_absent_are_noted(artifact):
 @pytest.mark.parametrize(
     ("graphs", "message"),
     [
-        (("int4",), r"bench\.graphs: unknown int4; known are fp32, int8, fused, fused-int8\."),
+        (("int4",), r"bench\.graphs: unknown int4; known are fp32, int8, fused, fused-int8, fp16\."),
         (("fused",), r"has none of the graphs asked for \(fused\); it has: fp32, int8\."),
         ((), r"has none of the graphs asked for \(none\)"),
     ],
@@ -112,6 +112,15 @@ def test_teacher_too_short_for_the_artifact(artifact, tmp_path):
     teacher = write_graph_teacher(tmp_path / "short", max_position_embeddings=8)
     with pytest.raises(ModelError, match="takes 8 tokens, the artifact up to 12"):
         teachers(teacher, artifact, scratch=tmp_path)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_a_trimmed_vocabulary_is_translated_for_the_teacher(artifact, graph_teacher, tmp_path):
+    write_tokenizer(graph_teacher, words=(*WORDS[:5], "rare", *WORDS[5:]))
+    trimmed = Artifact(artifact.folder, artifact.manifest | {"vocabulary": {"kept": len(WORDS)}})
+    found, notes = teachers(graph_teacher, trimmed, scratch=tmp_path)
+    assert {candidate.token_ids for candidate in found} == {(0, 1, 2, 3, 4, *range(6, len(WORDS) + 1))}
+    assert "the teacher reads the pieces of words that the student's trimmed vocabulary makes" in notes
 
 
 def test_teacher_with_another_vocabulary(artifact, graph_teacher, tmp_path):

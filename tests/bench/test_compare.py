@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_artifact import (
     MAX_LENGTH,
+    TEXTS,
     lookup_tables,
     write_artifact,
     write_graph_teacher,
@@ -15,8 +17,9 @@ from tiny_artifact import (
     write_tokenizer,
 )
 
-from bertemd_deploy.artifact import Artifact
+from bertemd_deploy.artifact import GRAPH_PRECISION, GRAPHS, Artifact
 from bertemd_deploy.bench import compare, passes
+from bertemd_deploy.bench.candidates import Candidate
 from bertemd_deploy.bench.compare import artifact_excerpt, bench
 from bertemd_deploy.errors import ArtifactError, MeasurementError
 from bertemd_deploy.report import report
@@ -75,6 +78,17 @@ def test_record_of_teacher_and_student(artifact_folder, graph_teacher, tmp_path)
     assert [entry["agreement_with_teacher"] for entry in record["models"]] == [None, 1.0, 1.0]
     assert all(entry["metrics"] == {"accuracy": 1.0, "f1": 1.0} for entry in record["models"])
 
+    churn = record["churn"]
+    assert churn["models"] == dict(
+        zip(("teacher", "student", "int8"), (one["name"] for one in record["models"]), strict=True)
+    )
+    assert [(step["changed"], step["right_to_right"], step["mcnemar_p"]) for step in churn["steps"]] == [
+        (0, 12, 1.0)
+    ] * 3
+    lines = [json.loads(line) for line in (out / churn["file"]).read_text().splitlines()]
+    assert [line["text"] for line in lines] == list(TEXTS)
+    assert lines[1]["decisions"] == dict.fromkeys(("teacher", "student", "int8"), "negative")
+
     cells = {(part["batch"], part["sequence"], part["threads"]) for part in record["measurements"]}
     assert cells == {(batch, sequence, 1) for batch in (1, 2) for sequence in (4, MAX_LENGTH, "replay")}
     assert len(record["measurements"]) == 3 * len(cells)
@@ -117,6 +131,8 @@ def test_kinds_that_decide_on_tokens(tmp_path, kind, metrics, examples):
     assert [entry["metrics"] for entry in record["models"]] == [metrics] * 2
     assert [entry["agreement_with_teacher"] for entry in record["models"]] == [None, 1.0]
     assert [entry["evaluated_examples"] for entry in record["models"]] == [examples] * 2
+    assert record["churn"]["right"] == {"teacher": examples, "student": examples}
+    assert len((tmp_path / "bench/churn.jsonl").read_text().splitlines()) == examples
     whole = [part["end_to_end_ms"] for part in record["measurements"]]
     assert [part is None for part in whole] == [part["sequence"] != "replay" for part in record["measurements"]]
     page = report([tmp_path / "bench/record.json"], out=tmp_path / "report")
@@ -136,8 +152,14 @@ def test_student_alone_has_no_speedup(artifact_folder, tmp_path):
         replay=False,
         graphs=("int8",),
     )
-    record = bench(artifact_folder, teacher=None, out=tmp_path / "report", settings=settings)
+    out = tmp_path / "report"
+    out.mkdir()
+    (out / "record.json").write_text("{}")
+    (out / "churn.jsonl").write_text("of an earlier run")
+    record = bench(artifact_folder, teacher=None, out=out, settings=settings)
     assert record["baseline"] is None
+    assert record["churn"] is None
+    assert not (out / "churn.jsonl").exists()
     assert [entry["agreement_with_teacher"] for entry in record["models"]] == [None]
     (part,) = record["measurements"]
     assert part["speedup_vs_teacher"] is None
@@ -186,6 +208,28 @@ def test_an_exported_teacher_that_is_another_function_is_refused():
     for other in (logits + 0.02, logits * math.nan):
         with pytest.raises(MeasurementError, match="the teacher's ONNX graph differs from PyTorch by"):
             compare._check_teacher_graph(logits, other)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "graphs", "chosen"),
+    [
+        (True, GRAPHS, ["teacher", "fused", "fused-int8"]),
+        (False, ("fp32", "int8"), ["fp32", "int8"]),
+        (True, ("fp32", "int8", "fused"), ["teacher", "fp32", "int8"]),
+        (True, ("fp32", "fused-int8"), ["teacher", "fp32", "fused-int8"]),
+        (True, ("fused-int8",), ["teacher", "fused-int8"]),
+        (True, ("fp32", "fused"), ["teacher", "fused"]),
+        (False, ("int8",), ["int8"]),
+    ],
+)
+def test_the_int8_graph_is_compared_with_the_one_it_came_from(teacher, graphs, chosen):
+    def candidate(model, graph):
+        return Candidate(model, "onnxruntime", graph, GRAPH_PRECISION[graph], Path(), 1, None, None, None, (0,))
+
+    candidates = [candidate("teacher", "fp32")] * teacher + [candidate("student", graph) for graph in graphs]
+    found = compare._steps(candidates)
+    named = ["teacher" if candidates[at].model == "teacher" else candidates[at].graph for at in found.values()]
+    assert named == chosen
 
 
 def test_excerpt_counts_long_lists_and_keeps_the_rest(artifact):

@@ -9,7 +9,7 @@ from tiny_artifact import GOLD, MAX_LENGTH, write_graph
 
 from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.bench.process import COMMAND, Worker, worker_environment
-from bertemd_deploy.bench.worker import TorchModel
+from bertemd_deploy.bench.worker import TorchModel, Translated
 from bertemd_deploy.errors import MeasurementError
 from bertemd_deploy.metrics import accuracy
 
@@ -116,3 +116,16 @@ def test_a_graph_that_fails_when_run_ends_the_worker_with_its_reason(artifact_fo
             worker.request("evaluate", out=str(artifact_folder / "logits.npy"))
     assert "ended with exit code 1 during 'evaluate'" in str(error.value)
     assert "indices element out of data bounds" in str(error.value)
+
+
+def test_a_translated_model_is_given_its_own_token_ids():
+    class Echo:
+        parameters = 7
+
+        def run(self, inputs):
+            return inputs["input_ids"] + inputs["attention_mask"]
+
+    model = Translated(Echo(), [5, 9, 2])
+    ids, mask = np.array([[0, 2], [1, 1]]), np.array([[1, 1], [1, 0]])
+    assert model.run({"input_ids": ids, "attention_mask": mask}).tolist() == [[6, 3], [10, 9]]
+    assert model.parameters == 7

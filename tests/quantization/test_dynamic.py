@@ -12,7 +12,7 @@ from bertemd_deploy.bert_graph import fusable_graph, portable_graph
 from bertemd_deploy.errors import ExportError
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.onnx_edit import histogram, save
-from bertemd_deploy.quantization.dynamic import operators, quantize, quantize_rows, quantize_weight
+from bertemd_deploy.quantization.dynamic import operators, quantize, quantize_weight
 from bertemd_deploy.runtime import open_session, predict_logits
 
 MODEL = tiny_model()
@@ -66,7 +66,7 @@ def test_operators_of_both_forms(source) -> None:
     if fused:
         assert kinds["com.microsoft.DynamicQuantizeMatMul"] == 10
         adds = [node for node in result.graph.node if node.op_type == "Add"]
-        assert [node.name.endswith("/mask") for node in adds] == [True]  # every bias went into its product
+        assert [node.name.endswith("/mask") for node in adds] == [True, True]  # every bias went into its product
         assert kinds["com.microsoft.FastGelu"] == 2
         assert "com.microsoft.BiasGelu" not in kinds
     else:
@@ -112,17 +112,3 @@ def test_weight_codes_by_hand() -> None:
     codes, scale = quantize_weight(weight, per_channel=True)
     np.testing.assert_allclose(scale, [0.01, 1, 0.002], rtol=1e-6)  # a column of zeros takes scale 1
     np.testing.assert_array_equal(codes, [[127, 0, -127], [-64, 0, 64]])
-
-
-@pytest.mark.parametrize(("size", "stored"), [(1.0, np.float16), (1e-5, np.float32), (1e8, np.float32)])
-def test_row_scales_are_half_precision_only_where_that_is_harmless(size: float, stored: type) -> None:
-    table = (np.random.default_rng(0).normal(size=(50, 16)) * size).astype(np.float32)
-    table[3] = 0
-    table[4] *= 0.1
-    if stored is np.float32 and size > 1:
-        table[3] = table[2]
-    codes, scale = quantize_rows(table)
-    assert scale.dtype == stored
-    assert codes.dtype == np.int8
-    error = np.abs(codes * scale.astype(np.float32) - table)
-    assert (error <= 0.5001 * scale.astype(np.float32)).all()

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from tiny_student import labelled, shifted, tiny_model
 from transformers import BertForSequenceClassification
 
-from bertemd_deploy.bert_graph import portable_graph
-from bertemd_deploy.errors import GateError
+from bertemd_deploy.bert_graph import fusable_graph, portable_graph
+from bertemd_deploy.errors import ExportError, GateError
+from bertemd_deploy.fuse import fuse
 from bertemd_deploy.gate import score
-from bertemd_deploy.onnx_edit import save
+from bertemd_deploy.onnx_edit import histogram, save
+from bertemd_deploy.quantization.calibration import METHODS, calibrate
 from bertemd_deploy.quantization.dynamic import operators
 from bertemd_deploy.quantization.search import EXCLUSIONS, Int8Search
+from bertemd_deploy.quantization.static import activations
+from bertemd_deploy.runtime import open_session, predict_logits
 
 MODEL = tiny_model()
 
@@ -34,14 +40,16 @@ def spoiled() -> BertForSequenceClassification:
     return model
 
 
-def search(graph: onnx.ModelProto, path: Path, *, max_drop: float, model: torch.nn.Module = MODEL) -> Int8Search:
+def search(
+    graph: onnx.ModelProto, path: Path, *, max_drop: float, model: torch.nn.Module = MODEL, **given: Any
+) -> Int8Search:
     save(graph, path)
     part = labelled(model, 80)
     found = score(path, ["accuracy"], part=part, pad_id=0)
     assert found is not None
     return Int8Search(
         graph,
-        fused=False,
+        **({"fused": False} | given),
         metrics=["accuracy"],
         reference=found["accuracy"],
         max_drop=max_drop,
@@ -54,6 +62,7 @@ def search(graph: onnx.ModelProto, path: Path, *, max_drop: float, model: torch.
 def test_the_first_setting_that_keeps_the_accuracy_is_taken(graph: onnx.ModelProto, tmp_path: Path) -> None:
     found = search(graph, tmp_path / "m.onnx", max_drop=20).run(tmp_path / "q.onnx", out=tmp_path)
     assert (found.per_channel, found.excluded, found.passed) == (False, [], True)
+    assert (found.mode, found.method) == ("dynamic", None)
     assert (tmp_path / "q.onnx").is_file()
 
 
@@ -90,3 +99,70 @@ def test_outputs_that_are_not_finite_are_a_miss(graph: onnx.ModelProto, tmp_path
     with pytest.raises(GateError, match="outputs that are not finite"):
         broken.run(tmp_path / "q.onnx", out=tmp_path / "out")
     assert {trial.metric for trial in broken.trials} == {None}
+
+
+def distance(path: Path, graph: onnx.ModelProto, folder: Path) -> float:
+    """Return how far a graph's logits on the calibration slice are from fp32's."""
+    save(graph, folder / "fp32.onnx")
+    part = labelled(MODEL, 20, seed=1).examples
+    found, expected = (predict_logits(open_session(file), part, pad_id=0) for file in (path, folder / "fp32.onnx"))
+    return float(np.square(found - expected).mean())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_static_int8_is_calibrated_by_the_method_that_stays_closest_to_fp32(fused: bool, tmp_path: Path) -> None:
+    fp32 = portable_graph(MODEL, exporter="torchscript", opset=17)
+    if fused:
+        fp32 = fuse(fusable_graph(MODEL, exporter="torchscript", opset=17), layers=2, heads=4, hidden=32, opset=17)[0]
+    sought = search(fp32, tmp_path / "m.onnx", max_drop=20, fused=fused, mode="static", granularities=(True,))
+    found = sought.run(tmp_path / "q.onnx", out=tmp_path)
+    assert [trial.mode for trial in sought.trials] == ["static"]
+    assert (found.graph, found.per_channel) == ("fused-int8" if fused else "int8", True)
+    kinds = histogram(onnx.load_model(tmp_path / "q.onnx"))
+    assert kinds["QuantizeLinear"] == 10
+    assert kinds.get("DequantizeLinear", 0) == (0 if fused else 20)
+    part = labelled(MODEL, 20, seed=1).examples
+    distances = {}
+    for method in METHODS:
+        ranges = calibrate(fp32, activations(fp32), examples=part, pad_id=0, method=method, count=20)
+        trained = search(
+            fp32,
+            tmp_path / "m.onnx",
+            max_drop=100,
+            fused=fused,
+            mode="static",
+            granularities=(True,),
+            trained_ranges=ranges,
+        )
+        assert trained.run(tmp_path / "other.onnx", out=tmp_path).method == "training"
+        distances[method] = distance(tmp_path / "other.onnx", fp32, tmp_path)
+    assert found.method == min(distances, key=distances.__getitem__)
+    assert distance(tmp_path / "q.onnx", fp32, tmp_path) == distances[found.method]
+
+
+def test_static_trials_go_the_same_way_as_dynamic_ones(tmp_path: Path) -> None:
+    model = spoiled()
+    fp32 = portable_graph(model, exporter="torchscript", opset=17)
+    hard = search(fp32, tmp_path / "m.onnx", max_drop=15, model=model, mode="static")
+    found = hard.run(tmp_path / "model_quantized.onnx", out=tmp_path)
+    assert [(trial.per_channel, len(trial.excluded), trial.passed) for trial in hard.trials] == [
+        (False, 0, False),
+        (True, 0, False),
+        (True, 1, True),
+    ]
+    assert found.excluded == ["/layers.0/intermediate/MatMul"]
+    assert len({trial.method for trial in hard.trials}) == 1
+    assert found.method in METHODS
+
+
+def test_a_static_miss_names_the_method(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    impossible = search(graph, tmp_path / "m.onnx", max_drop=-1, mode="static")
+    with pytest.raises(GateError, match=r"a scale per matrix, ranges by (minmax|percentile|mse|entropy): "):
+        impossible.run(tmp_path / "q.onnx", out=tmp_path / "out")
+
+
+def test_trained_ranges_of_another_graph_are_refused(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="static int8: no range for /LayerNorm"):
+        search(graph, tmp_path / "m.onnx", max_drop=5, mode="static", trained_ranges={}).run(
+            tmp_path / "q.onnx", out=tmp_path
+        )

@@ -26,6 +26,7 @@ MODELS: dict[tuple[str, str, str | None, str], tuple[float, int, int, float, flo
     ("student", "onnxruntime", "fused-int8", "int8"): (3.1, 15 * MB, 124 * MB, 0.941, 0.967),
 }
 LENGTHS = (16, 32, 64, 128)
+STUDENTS = ("fp32", "int8", "fused", "fused-int8")
 
 
 def _measurements(rng: np.random.Generator, factor: float, keys: list[tuple[str, str, str | None, str]]) -> list[Any]:
@@ -151,6 +152,76 @@ def _trial(graph: str, *, per_channel: bool, metric: float) -> dict[str, Any]:
     }
 
 
+def _invariance(scales: str, changed: float, allowed: float, difference: float) -> dict[str, Any]:
+    ways = {"padded by 8 tokens": changed / 2, "with other batch mates": changed}
+    return {
+        "activation_scales": scales,
+        "examples": 256,
+        "decisions": 256,
+        "max_abs_logit_difference": difference,
+        "max_abs_logit_difference_allowed": None,
+        "changed_decision_share": changed,
+        "changed_decision_share_allowed": allowed,
+        "changed_examples": {"count": 20} if changed else [],
+        "arrangements": {
+            name: {"max_abs_logit_difference": difference, "changed_decision_share": share, "changed_examples": []}
+            for name, share in ways.items()
+        },
+    }
+
+
+def _step(before: str, after: str, changed: int, lost: int, gained: int, p: float, difference: float) -> dict[str, Any]:
+    return {
+        "from": before,
+        "to": after,
+        "changed": changed,
+        "right_to_right": 830 - lost,
+        "right_to_wrong": lost,
+        "wrong_to_right": gained,
+        "wrong_to_same_wrong": 42 - gained,
+        "wrong_to_other_wrong": 0,
+        "mcnemar_p": p,
+        "metric_differences": {
+            "accuracy": {"difference": difference, "ci95": [difference - 0.006, difference + 0.004]},
+            "f1": {"difference": difference / 2, "ci95": [difference / 2 - 0.005, difference / 2 + 0.005]},
+        },
+    }
+
+
+def _churn() -> dict[str, Any]:
+    roles = {"teacher": [1, 0.99], "student": [1, 0.81], "int8": [0, 0.52]}
+    listed = [
+        {
+            "index": index,
+            "text": f"a film of {index} hours",
+            "text_pair": None,
+            "gold": "positive",
+            "decisions": {role: ("negative", "positive")[right] for role, (right, _) in roles.items()},
+            "scores": {role: sure for role, (_, sure) in roles.items()},
+            "right": {role: bool(right) for role, (right, _) in roles.items()},
+            "changed": True,
+        }
+        for index in range(3, 163)
+    ]
+    return {
+        "file": "churn.jsonl",
+        "models": dict.fromkeys(roles, "name"),
+        "unit": "example",
+        "examples": 872,
+        "changed": 160,
+        "metrics": {},
+        "right": {"teacher": 831, "student": 823, "int8": 821},
+        "changed_beyond": None,
+        "resamples": 1000,
+        "steps": [
+            _step("teacher", "student", 44, 26, 18, 0.291, -0.009),
+            _step("student", "int8", 8, 5, 3, 0.7266, -0.002),
+            _step("teacher", "int8", 48, 35, 13, 0.00021, -0.012),
+        ],
+        "listed": listed,
+    }
+
+
 def build_record(*, seed: int = 0, teacher: bool = True, factor: float = 1.0, layers: int = 12) -> dict[str, Any]:
     """Return a record of one device; `factor` scales every latency, `layers` is the teacher's depth."""
     rng = np.random.default_rng(seed)
@@ -200,9 +271,13 @@ def build_record(*, seed: int = 0, teacher: bool = True, factor: float = 1.0, la
                         "shapes": [[1, 7], [16, 64]],
                     }
                     for name, difference, agreement in zip(
-                        GRAPHS, (2.1e-6, 0.183, 3.4e-6, 0.201), (1.0, 0.988, 1.0, 0.986), strict=True
+                        STUDENTS, (2.1e-6, 0.183, 3.4e-6, 0.201), (1.0, 0.988, 1.0, 0.986), strict=True
                     )
                 },
+            },
+            "invariance": {
+                "fp32": _invariance("float", 0.0, 0.0, 4.8e-7),
+                "fused-int8": _invariance("per-tensor", 6 / 256, 0.05, 0.684),
             },
             "quantization": {
                 "mode": "dynamic",
@@ -219,10 +294,11 @@ def build_record(*, seed: int = 0, teacher: bool = True, factor: float = 1.0, la
                     _trial("fused-int8", per_channel=False, metric=0.941),
                 ],
             },
-            "files": {path: {"bytes": 1} for path in GRAPHS.values()},
+            "files": {GRAPHS[name]: {"bytes": 1} for name in STUDENTS},
         },
         "distillation": _distillation(rng, layers, 4),
         "models": _models(keys),
+        "churn": _churn() if teacher else None,
         "measurements": _measurements(rng, factor, keys),
     }
 

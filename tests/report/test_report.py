@@ -114,6 +114,7 @@ def test_page_stands_in_the_order_a_reader_asks(full) -> None:
     assert headings == [
         "Verdict",
         "Side by side",
+        "What changed",
         "Speed, score and memory",
         "Which teacher layer taught which",
         "Quantization and parity",
@@ -184,7 +185,7 @@ def test_comparison_holds_the_measured_values(full, record) -> None:
 
 def test_all_cells_stand_in_the_folded_table(full, record) -> None:
     text = full.read_text(encoding="utf-8")
-    folded = Page(text[text.index("<details>") : text.index("</details>") + len("</details>")])
+    folded = Page(text[text.rindex("<details>") : text.rindex("</details>") + len("</details>")])
     assert len(folded.rows) == 1 + len(record["measurements"])
     assert folded.rows[0][:5] == ["Model", "Batch", "Tokens", "Threads", "n"]
     assert "P99" not in folded.rows[0]  # 60 samples a cell are too few for it
@@ -193,6 +194,9 @@ def test_all_cells_stand_in_the_folded_table(full, record) -> None:
 def test_quantization_and_parity_are_listed(full) -> None:
     page = page_of(full)
     assert page.row("fused-int8") == ["fused-int8", "0.201", "98.6%", "264", "0", "8", "1×7, 16×64"]
+    alone = [row for row in page.rows if row[:2] == ["fused-int8", "per-tensor"]]
+    assert alone == [["fused-int8", "per-tensor", "256", "2.3%", "5.0%", "0.684", "with other batch mates"]]
+    assert ["fp32", "float", "256", "0.0%", "0.0%", "4.8e-07", "–"] in page.rows
     assert page.row("1") == ["1", "int8", "no", "none", "0.921", "2.3", "no"]
     assert page.row("Per channel") == ["Per channel", "int8: yes, fused-int8: no"]
     assert page.row("Operators") == ["Operators", "int8: 28, fused-int8: 24"]
@@ -235,7 +239,8 @@ def test_equal_input_gives_equal_bytes(full, record, save, tmp_path) -> None:
 def test_markdown_fits_a_pull_request(full) -> None:
     text = full.with_name("report.md").read_text(encoding="utf-8")
     assert "**On this 2-core AMD EPYC, the 4-layer int8 student keeps 98.7% of the teacher's accuracy" in text
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    summary = text[: text.index("**What changed**")]
+    table = [line for line in summary.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 6
     assert len({line.count("|") for line in table}) == 1
     assert "[index.html](index.html)" in text
@@ -263,7 +268,8 @@ def test_null_values_are_never_0_and_never_a_crash(record, save, tmp_path) -> No
     for entry in record["measurements"]:
         if entry["graph"] == "int8":
             entry |= dict.fromkeys(("model_bytes", "metric"))
-    record["artifact"] |= dict.fromkeys(("parity", "quantization", "metrics"))
+    record["artifact"] |= dict.fromkeys(("parity", "invariance", "quantization", "metrics"))
+    record["churn"] = None
     record["versions"] = None
     record["distillation"] |= {"first": None, "last": None, "marginals": [], "losses": None}
     page = page_of(report([save(record)], out=tmp_path / "out"))
@@ -274,6 +280,7 @@ def test_null_values_are_never_0_and_never_a_crash(record, save, tmp_path) -> No
     assert "Throughput" not in row
     assert "no interval, no claim" in page.text
     assert "Quantization and parity" not in page.text
+    assert "What changed" not in page.text
 
 
 def test_almost_empty_record(empty, save, tmp_path) -> None:
@@ -292,6 +299,10 @@ def test_text_from_records_is_escaped(record, save, tmp_path) -> None:
     record["artifact"]["parity"]["graphs"] = {evil: {evil: evil}}
     record["versions"][evil] = evil
     record["notes"] = [evil]
+    record["artifact"]["invariance"] = {evil: {"activation_scales": evil, "arrangements": {evil: {}}}}
+    record["churn"]["listed"][0] |= {"text": evil, "gold": [evil], "decisions": {"teacher": evil}, "words": [evil]}
+    record["churn"] |= {"unit": evil, "file": evil, "models": {evil: evil, "teacher": evil}}
+    record["churn"]["steps"][0] |= {"from": evil, "metric_differences": {evil: {"difference": 0.1, "ci95": [0, 1]}}}
     record["distillation"]["mapping"] = evil
     for entry in record["models"]:
         entry["metrics"] = {evil: 0.9}
