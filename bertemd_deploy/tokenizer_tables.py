@@ -95,7 +95,7 @@ def read_characters(read: Tokenizer, *, where: Path) -> Characters:
     seen: set[str] = set()
     for chunk in _code_points():
         outcome = _normalised(read, chunk)
-        for character, text in zip(chunk, outcome, strict=True):
+        for character, text in zip(chunk, outcome, strict=True) if outcome is not chunk else ():
             if not text:
                 found.dropped.append(character)
             elif text == " " or character == MARK:
