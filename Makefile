@@ -1,5 +1,6 @@
 # make quickstart   install and run the whole pipeline on embedded data, ending with the report
 # make test         install, lint, types, tests: what CI runs
+# make compat       install other software into .compat and run artifacts in it; needs node, npm and chromium
 # make lint         ruff, mypy, hadolint
 # make bench        the latency comparison of benchmarks/
 PYTHON ?= python3
@@ -8,7 +9,12 @@ RUN ?= runs/quickstart
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test lint bench clean
+COMPAT ?= .compat
+COMPAT_ONNXRUNTIME := 1.11.0 1.12.0 1.14.0 1.15.1 1.16.0 1.17.0 1.18.0 1.20.1 1.21.0
+COMPAT_NAMES := optimum openvino minimum node $(COMPAT_ONNXRUNTIME:%=onnxruntime-node-%)
+NPM_INSTALL := npm install --silent --no-audit --no-fund --ignore-scripts
+
+.PHONY: quickstart test compat lint bench clean
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -43,9 +49,38 @@ lint: $(VENV)/.dev
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
+$(VENV)/.compat: $(VENV)/.dev
+	$(INSTALL) --editable '.[train,report,dev,tokenizer-graph]'
+	touch $@
+
+$(COMPAT)/%/.installed: tests/compat/software/%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+$(COMPAT)/node/.installed: tests/compat/software/package.json
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	cp $< $(@D)/
+	cd $(@D) && $(NPM_INSTALL)
+	touch $@
+
+# --ignore-scripts: the package's own script fetches what only CUDA needs.
+$(COMPAT)/onnxruntime-node-%/.installed:
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	cd $(@D) && echo '{"private": true}' > package.json && $(NPM_INSTALL) --save-exact onnxruntime-node@$*
+	touch $@
+
+# An artifact of yours is asked about too: make compat BERTEMD_COMPAT_ARTIFACT=runs/my-task/artifact
+compat: $(VENV)/.compat $(COMPAT_NAMES:%=$(COMPAT)/%/.installed)
+	BERTEMD_COMPAT=$(COMPAT) BERTEMD_COMPAT_ARTIFACT=$(BERTEMD_COMPAT_ARTIFACT) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m compat
+
 bench: $(VENV)/.train
 	$(BIN)/python benchmarks/latency.py --teacher bert-base --student 4L-312
 	$(BIN)/python benchmarks/latency.py --teacher bert-base --student 6L-768
 
 clean:
-	rm -rf $(VENV) runs build dist .coverage* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(COMPAT) runs build dist .coverage* .mypy_cache .ruff_cache .pytest_cache

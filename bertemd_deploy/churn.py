@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from bertemd_deploy.answers import answer_scores
+from bertemd_deploy.answers import Answers, answer_scores, best_answers
 from bertemd_deploy.artifact import NOT_SCORED, DataSlice
 from bertemd_deploy.decisions import SPREAD
 from bertemd_deploy.encoding import decoded
 from bertemd_deploy.metrics import decisions, evaluate_metrics
-from bertemd_deploy.predictions import answered, softmax
+from bertemd_deploy.predictions import softmax
 from bertemd_deploy.resampling import RESAMPLES, Statistic, bootstrap, interval, mcnemar, metric_of_units
 
 LISTED = 200  # changed examples in the record; the file has all examples
@@ -121,23 +121,7 @@ def _judge(logits: Logits, part: DataSlice, labels: Sequence[str]) -> Judged:
     if part.kind == "regression":
         return Judged(logits[:, 0].tolist(), None, None)
     if part.gold is not None:
-        gold, examples = part.gold, part.examples
-        found = list(
-            answered(
-                logits,
-                examples,
-                example=gold.example,
-                spans=gold.spans,
-                contexts=gold.contexts,
-                no_answer=gold.unanswerable,
-            )
-        )
-        texts = [one.answer.text if one.answer else "" for one in found]
-        right = [
-            answer_scores([text], accepted=[accepted])["exact_match"] == 1
-            for text, accepted in zip(texts, gold.accepted, strict=True)
-        ]
-        return Judged(texts, np.array([one.score for one in found]), np.array(right, dtype=bool))
+        return _judge_answers(logits, part.examples.offsets, part.gold)
     if part.kind == "multilabel":
         sets = [[name for name, logit in zip(labels, row, strict=True) if logit > 0] for row in logits]
         sure = 1 / (1 + np.exp(-np.abs(logits.astype(np.float64))))
@@ -146,6 +130,21 @@ def _judge(logits: Logits, part: DataSlice, labels: Sequence[str]) -> Judged:
         return _judge_tags(logits, part, labels)
     best = decisions(logits)
     return Judged([labels[number] for number in best], softmax(logits).max(axis=-1), np.asarray(best == part.labels))
+
+
+def _judge_answers(logits: Logits, offsets: NDArray[np.int64], gold: Answers) -> Judged:
+    """Judge by exact match; an answer is as probable as its first token times its last, over all windows of its context."""
+    found = best_answers(logits, offsets=offsets, gold=gold)
+    texts = [one.text for one in found]
+    right = [
+        answer_scores([text], accepted=[accepted])["exact_match"] == 1
+        for text, accepted in zip(texts, gold.accepted, strict=True)
+    ]
+    windows = np.logaddexp.reduceat(logits.astype(np.float64), offsets[:-1], axis=0)
+    totals = np.full((len(found), 2), -np.inf)
+    np.logaddexp.at(totals, gold.example, windows)
+    scores = np.array([one.score if one.start >= 0 else one.null_score for one in found])
+    return Judged(texts, np.exp(scores - totals.sum(axis=1)), np.array(right, dtype=bool))
 
 
 def _judge_tags(logits: Logits, part: DataSlice, labels: Sequence[str]) -> Judged:
@@ -230,7 +229,7 @@ def _worst_first(
     Of a regression, the furthest moves first.
     """
     moved = np.flatnonzero(np.logical_or.reduce(list(changed.values())))
-    last = next(reversed(judged.values()))
+    last = list(judged.values())[-1]
     if last.right is None:
         numbers = np.array([one.decisions for one in judged.values()])
         rank = -np.ptp(numbers, axis=0)

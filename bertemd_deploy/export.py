@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from torch import nn
 
-from bertemd_deploy.artifact import EVALUATION, GRAPH_PRECISION, GRAPHS, MANIFEST, Artifact, DataSlice, write_slices
+from bertemd_deploy.artifact import EVALUATION, GRAPHS, MANIFEST, Artifact, DataSlice, write_slices
 from bertemd_deploy.bert_graph import (
     check_shapes,
     export_fp32,
@@ -44,7 +44,7 @@ from bertemd_deploy.gate import (
     score,
 )
 from bertemd_deploy.handout import model_card, write_tokenizer
-from bertemd_deploy.invariance import Bound, bound_of, check_invariance, measure_invariance
+from bertemd_deploy.invariance import Bound, Invariance, Scales, bound_of, check_invariance, measure_invariance
 from bertemd_deploy.manifest import Build, describe, describe_files
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.onnx_edit import save, set_metadata
@@ -57,6 +57,8 @@ from bertemd_deploy.targets import check_graph, resolve
 from bertemd_deploy.tasks import Kind
 
 __all__ = ["export", "export_fp32"]
+
+_HALF_CHANGED = 0.01  # share of decisions
 
 
 def export(
@@ -279,6 +281,7 @@ def _write_int8(
             target=build.target,
             embedding_bits=limits.embedding_bits,
             mode="static" if limits.mode == "static" else "dynamic",
+            invariance=partial(_measure_invariance, build, reference.kind, evaluation, pad_id, limits),
             **learnt,
         )
         path = build.path(graph)
@@ -313,26 +316,28 @@ def _write_half(
 
 
 def _judge_invariance(build: Build, kind: Kind, *, part: DataSlice, pad_id: int, limits: QuantizeSettings) -> None:
-    longest = int(build.metadata["max_length"])
     for graph in build.graphs:
-        found = measure_invariance(
-            build.path(graph),
-            examples=part.examples,
-            pad_id=pad_id,
-            kind=kind,
-            max_length=longest,
-            bound=_bound(graph, limits),
-        )
-        check_invariance(found, build.path(graph), out=build.out)
+        scales: Scales = build.chosen[graph].activations if graph in build.chosen else "float"
+        path = build.path(graph)
+        found = _measure_invariance(build, kind, part, pad_id, limits, path, scales)
+        check_invariance(found, path, out=build.out)
         build.invariance[graph] = found.record()
 
 
-def _bound(graph: str, limits: QuantizeSettings) -> Bound:
-    if graph == "fp16":  # sums in 11 bits: logits may move, decisions may not
-        return Bound("float", max_abs_logit_difference=None, changed_decision_share=0.0)
-    if GRAPH_PRECISION[graph] == "fp32":
-        return bound_of("float")
-    return bound_of("fixed") if limits.mode == "static" else bound_of("per-tensor", max_changed=limits.max_changed)
+def _measure_invariance(
+    build: Build, kind: Kind, part: DataSlice, pad_id: int, limits: QuantizeSettings, path: Path, scales: Scales
+) -> Invariance:
+    bound = bound_of(scales, max_changed=limits.max_changed)
+    if path == build.path("fp16"):  # sums in 11 bits: logits may move, and a close decision with them
+        bound = Bound("float", max_abs_logit_difference=None, changed_decision_share=_HALF_CHANGED)
+    return measure_invariance(
+        path,
+        examples=part.examples,
+        pad_id=pad_id,
+        kind=kind,
+        max_length=int(build.metadata["max_length"]),
+        bound=bound,
+    )
 
 
 def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:

@@ -162,10 +162,10 @@ class Invariance:
         largest = self.max_abs_logit_difference
         moved = "logits that are not finite" if largest is None else f"logits by at most {largest:.1e}"
         worst = max(self.arrangements, key=lambda found: found.changed_decision_share)
-        if not worst.changed_decision_share:
-            return f"padding and batch mates change no decision of {self.decisions:,}, {moved}"
-        changed = round(worst.changed_decision_share * self.decisions)
         noun = "number" if self.kind == "regression" else "decision"
+        if not worst.changed_decision_share:
+            return f"padding and batch mates change no {noun} of {self.decisions:,}, {moved}"
+        changed = round(worst.changed_decision_share * self.decisions)
         return (
             f"padding and batch mates change {changed:,} of {self.decisions:,} {noun}s "
             f"({worst.changed_decision_share:.1%}, {worst.name}), {moved}"

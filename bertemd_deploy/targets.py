@@ -127,7 +127,7 @@ _ROWS = (
         "arm64-i8mm",
         "i8mm",
         note="Neoverse V1, Cortex-A710 and later; where there is SME too, ONNX Runtime from 1.23 on quantizes the "
-        "activations of dynamic fused products row by row.",
+        "activations of dynamic products row by row, which moves logits, unless weights are unsigned.",
     ),
     Target(
         name="wasm",

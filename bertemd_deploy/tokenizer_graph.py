@@ -16,6 +16,7 @@ refused. A text with a NUL character ends there.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,14 +81,14 @@ def tokenizer_graph(
         ExportError: the tokenizer does something that these nodes do not.
     """
     encoder = TextEncoder.load(tokenizer, max_length=max_length)
-    stored = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
-    read = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    where = tokenizer / "tokenizer.json"
+    description = where.read_text(encoding="utf-8")
+    stored, read = json.loads(description), Tokenizer.from_str(description)
     read.no_truncation()
     read.no_padding()
-    where = tokenizer / "tokenizer.json"
     if fault := tokenizer_fault(stored):
         raise ExportError(f"{where}: {fault}; a graph with the tokenizer inside cannot do that. Leave it out.")
-    characters = read_characters(read, where=where)
+    characters = _characters(description, where)
     template = read_template(read, stored["model"], pairs=pairs, where=where)
     room = max_length - len(template.before) - len(template.between) - len(template.behind)
     if room < 1:
@@ -177,6 +178,11 @@ def open_text_session(model: str | bytes) -> Any:
     options.log_severity_level = 3
     options.register_custom_ops_library(get_library_path())
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@functools.lru_cache(maxsize=1)  # seconds; the graphs of one artifact share it
+def _characters(description: str, where: Path) -> Characters:
+    return read_characters(Tokenizer.from_str(description), where=where)
 
 
 class _Graph:

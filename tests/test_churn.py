@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from bertemd_deploy.artifact import NOT_SCORED, DataSlice
 from bertemd_deploy.churn import LISTED, LONGEST_TEXT, Churn, find_churn
 from bertemd_deploy.encoding import TextEncoder
+from bertemd_deploy.predictions import Prediction, answered
 from bertemd_deploy.resampling import mcnemar
 from bertemd_deploy.splits import QuestionSplit, TokenSplit
 
@@ -216,6 +218,20 @@ def test_a_sentence_is_right_where_all_of_its_tags_are(encoder: TextEncoder, tok
     assert found.lines[2]["words"] == []
 
 
+def answered_alone(part: DataSlice, logits: np.ndarray, number: int) -> Iterator[Prediction]:
+    """Yield what a prediction says of one question."""
+    alone, rows = part.select([number]), slice(*part.examples.offsets[number : number + 2])
+    assert alone.gold is not None
+    yield from answered(
+        logits[rows],
+        alone.examples,
+        example=alone.gold.example,
+        spans=alone.gold.spans,
+        contexts=alone.gold.contexts,
+        no_answer=False,
+    )
+
+
 def test_a_question_is_right_where_its_answer_is_accepted(encoder: TextEncoder, tokenizer: Tokenizer) -> None:
     contexts = ["the film was good", "a song today"]
     split = QuestionSplit(
@@ -247,7 +263,8 @@ def test_a_question_is_right_where_its_answer_is_accepted(encoder: TextEncoder, 
     assert (line["id"], line["text"], line["text_pair"]) == ("a", "was it good", "the film was good")
     assert line["gold"] == ["film"]
     assert line["decisions"] == {"student": "film", "int8": "good"}
-    assert 0 < line["scores"]["student"] < 1
+    (asked,) = (one.score for one in answered_alone(part, answering("film", "today"), 0))
+    assert line["scores"]["student"] == pytest.approx(asked)
     assert [one["index"] for one in found.record["listed"]] == [0, 1]
 
 

@@ -134,6 +134,7 @@ def test_a_number_has_changed_where_it_moves_by_a_quarter_of_the_spread(tmp_path
     assert "numbers" in found.sentence()
     still = measured(leaking(tmp_path / "s.onnx", mates=1e-4, outputs=1), kind="regression")
     assert still.changed_examples == []
+    assert "change no number of 60" in still.sentence()
     assert (still.max_abs_logit_difference or 0) > 1e-4
 
 

@@ -394,7 +394,9 @@ def test_a_vocabulary_is_not_trimmed_without_texts(tiny_task: Task, tmp_path: Pa
     asked = recipe(teacher, data, distill={"epochs": 1}, quantize={"mode": "none"}, export={"vocabulary": "corpus"})
     run = tmp_path / "run"
     pipeline.run(asked, out=run, stop_after="distill")
-    with pytest.raises(RecipeError, match=r"export\.vocabulary: which tokens stay is read off train texts\. Add --data"):
+    with pytest.raises(
+        RecipeError, match=r"export\.vocabulary: which tokens stay is read off train texts\. Add --data"
+    ):
         stages.export_stage(asked, run / "student", tmp_path / "artifact")
     pipeline.run(asked, out=run, stop_after="export")
     assert Artifact.load(run / "artifact").manifest["vocabulary"]["asked"] == "corpus"

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from bertemd_deploy.errors import ExportError
-from bertemd_deploy.onnx_edit import Editor
+from bertemd_deploy.onnx_edit import Editor, tidy
 
 MASK = "attention_mask"
 
@@ -53,4 +53,5 @@ def copy_first_row(model: onnx.ModelProto) -> onnx.ModelProto:
         return True
 
     editor.rewrite(replace)
+    tidy(result, opset=next(entry.version for entry in result.opset_import if not entry.domain))
     return result

@@ -15,6 +15,7 @@ Tables, LayerNorm, the Gelu and the head are as in `dynamic`.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import onnx
@@ -90,7 +91,7 @@ def _codes(editor: Editor, source: str, *, name: str, opset: int) -> tuple[str, 
     step, zero = _constants(editor)
     (magnitudes,) = editor.emit("Abs", [source], name=f"{name}/abs")
     axes = [editor.constant(np.array([-1]), "last_axis")] if opset >= _AXES_AS_INPUT else []
-    attributes = {} if axes else {"axes": [-1]}
+    attributes: dict[str, Any] = {} if axes else {"axes": [-1]}
     (highest,) = editor.emit("ReduceMax", [magnitudes, *axes], name=f"{name}/highest", keepdims=1, **attributes)
     (largest,) = editor.emit("Max", [highest, editor.constant(_SMALLEST, "smallest")], name=f"{name}/largest")
     (inverse,) = editor.emit("Reciprocal", [largest], name=f"{name}/inverse")

@@ -1,18 +1,20 @@
 """The int8 form of a graph that keeps the accuracy: tried from fastest to safest, every trial recorded.
 
-One scale per matrix first, then one per column, then the most sensitive operators left in fp32. Judged on the evaluation
-slice; sensitivity, and how static int8 is best calibrated, measured on the calibration slice. Where the target's CPUs may add
-int8 products in 16 bits, weights that could overflow these are judged by what such a CPU would compute as well, and the
-target's safer weights are tried where that loses too much. Torch-free.
+One scale per matrix first, then one per column; for dynamic int8 then a scale for each row of activations, which batch mates
+cannot move; then the most sensitive operators left in fp32. A graph whose decisions depend too much on padding and batch mates
+is passed over like one that loses too much. Judged on the evaluation slice; sensitivity, and how static int8 is best
+calibrated, measured on the calibration slice. Where the target's CPUs may add int8 products in 16 bits, weights that could
+overflow these are judged by what such a CPU would compute as well, and the target's safer weights are tried where that loses
+too much. Torch-free.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -23,19 +25,32 @@ from bertemd_deploy.console import note, progress
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import GateError
 from bertemd_deploy.gate import keep_rejected, score
+from bertemd_deploy.invariance import Invariance
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.onnx_edit import save
 from bertemd_deploy.quantization.calibration import METHODS, Range, collect
 from bertemd_deploy.quantization.dynamic import operators, quantize
-from bertemd_deploy.quantization.saturation import predict_saturation
+from bertemd_deploy.quantization.padding import copy_first_row
+from bertemd_deploy.quantization.rows import quantize_rows
+from bertemd_deploy.quantization.saturation import SaturationReport, predict_saturation
 from bertemd_deploy.quantization.static import activations, quantize_static
 from bertemd_deploy.quantization.unsigned import unsigned
 from bertemd_deploy.runtime import open_session, predict_logits
-from bertemd_deploy.targets import FULL, REDUCED, TARGETS, UNSIGNED, Target, Weights
+from bertemd_deploy.targets import FULL, REDUCED, TARGETS, UNSIGNED, Target, Weights, products_saturate
 from bertemd_deploy.tasks import Kind
 
 SENSITIVITY_EXAMPLES = 64
 EXCLUSIONS = (1, 2, 4, 8)  # how many of the most sensitive operators the trials leave in fp32, in turn
+
+
+Activations = Literal["per-tensor", "per-row", "fixed"]
+
+
+class _Form(NamedTuple):
+    """Where activations get their scales, and whether weights have one for each column."""
+
+    activations: Activations
+    per_channel: bool
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,8 @@ class Trial:
         passed: whether that is allowed.
         mode: dynamic or static.
         method: where static ranges came from: a method of `calibration`, or "training"; None for dynamic.
+        activations: where their scales come from: "per-tensor", "per-row" or "fixed".
+        changed_decision_share: share of the decisions that padding and batch mates change; None where that was not asked.
         weights: how they are held.
         saturating_metric: the metric on a CPU whose int8 sums saturate, predicted; None where that was not asked.
         saturated_pairs: sums of two products that saturate there, of all on the examples; None likewise.
@@ -64,6 +81,8 @@ class Trial:
     passed: bool
     mode: str = "dynamic"
     method: str | None = None
+    activations: Activations = "per-tensor"
+    changed_decision_share: float | None = None
     weights: Weights = FULL
     saturating_metric: float | None = None
     saturated_pairs: int | None = None
@@ -93,6 +112,7 @@ class Int8Search:
         mode: activations measured at each call, or ranges known beforehand.
         trained_ranges: static ranges learnt in training, by tensor of `model`; None calibrates.
         granularities: `per_channel` of the trials without exclusions, in turn; the last one's is kept in those with.
+        invariance: measures a graph, by where its activations get their scales; None leaves that to others.
         trials: what was tried so far.
     """
 
@@ -111,6 +131,7 @@ class Int8Search:
     mode: Literal["dynamic", "static"] = "dynamic"
     trained_ranges: Mapping[str, Range] | None = None
     granularities: Sequence[bool] = (False, True)
+    invariance: Callable[[Path, Activations], Invariance] | None = None
     trials: list[Trial] = field(default_factory=list)
     _method: str | None = field(default=None, init=False)
     _ranges: Mapping[str, Range] = field(default_factory=dict, init=False)
@@ -125,18 +146,18 @@ class Int8Search:
         name = path.name
         if self.mode == "static":
             self._find_ranges(path)
-        for per_channel in self.granularities:
-            if self._attempts(path, per_channel=per_channel, excluded=[]):
+        for form in self._forms():
+            if self._attempts(path, form, excluded=[]):
                 return self.trials[-1]
         note(f"{name}: {self._sentence(self.trials[-1])}; looking for the operators that lose it")
         ranked = self._ranked(path)
         for count in EXCLUSIONS:
             if count >= len(ranked):
                 break
-            if self._attempts(path, per_channel=self.granularities[-1], excluded=ranked[:count]):
+            if self._attempts(path, self._forms()[-1], excluded=ranked[:count]):
                 return self.trials[-1]
         best = max(self.trials, key=lambda trial: -np.inf if trial.metric is None else trial.metric)
-        self._write(path, per_channel=best.per_channel, excluded=best.excluded, weights=best.weights)
+        self._write(path, _Form(best.activations, best.per_channel), excluded=best.excluded, weights=best.weights)
         kept = keep_rejected(path, out=out)
         tried = "; ".join(self._sentence(trial) for trial in self.trials)
         raise GateError(
@@ -144,6 +165,12 @@ class Int8Search:
             f"{self.max_drop:g} points, {len(self.evaluation)} examples). Tried {tried}. Kept as {kept.name}. "
             "Raise quantize.max_drop, or set quantize.mode to none."
         )
+
+    def _forms(self) -> list[_Form]:
+        """Return what is tried in turn, fastest first."""
+        if self.mode == "static":
+            return [_Form("fixed", per_channel) for per_channel in self.granularities]
+        return [*(_Form("per-tensor", per_channel) for per_channel in self.granularities), _Form("per-row", True)]
 
     def _find_ranges(self, path: Path) -> None:
         """Take the trained ranges, or those of the method that keeps the calibration slice's logits closest to fp32's."""
@@ -157,64 +184,78 @@ class Int8Search:
         found = {method: seen.ranges(method) for method in METHODS}
         for method in METHODS:
             self._ranges = found[method]
-            self._write(path, per_channel=self.granularities[-1], excluded=[])
+            self._write(path, self._forms()[-1], excluded=[])
             errors[method] = self._error(path, examples, expected)
         self._method = min(errors, key=errors.__getitem__)
         self._ranges = found[self._method]
 
-    def _write(
-        self, path: Path, *, per_channel: bool, excluded: Sequence[str], weights: Weights = FULL
-    ) -> onnx.ModelProto:
+    def _write(self, path: Path, form: _Form, *, excluded: Sequence[str], weights: Weights = FULL) -> onnx.ModelProto:
         chosen: dict[str, Any] = {
             "fused": self.fused,
-            "per_channel": per_channel,
+            "per_channel": form.per_channel,
             "excluded": excluded,
             "reduce_range": weights.reduce_range,
             "embedding_bits": self.embedding_bits,
         }
         if self.mode == "static":
             made = quantize_static(self.model, ranges=self._ranges, **chosen)
+        elif form.activations == "per-row":
+            made = quantize_rows(self.model, **chosen)
         else:
-            made = quantize(self.model, **chosen)
+            made = copy_first_row(quantize(self.model, **chosen))
         if weights.weight_type == "uint8":
             made = unsigned(made)
         save(made, path)
         return made
 
-    def _attempts(self, path: Path, *, per_channel: bool, excluded: list[str]) -> bool:
+    def _attempts(self, path: Path, form: _Form, *, excluded: list[str]) -> bool:
         """Try the target's weights in turn, the safer ones only where saturation alone stood in the way."""
         for weights in self.target.weights:
-            if self._attempt(path, per_channel=per_channel, excluded=excluded, weights=weights):
+            if self._attempt(path, form, excluded=excluded, weights=weights):
                 return True
-            if self._misses(self.trials[-1].metric):
-                return False  # fewer bits would not bring it back
+            if not self.trials[-1].saturated_pairs:
+                return False  # what safer weights would not bring back
         return False
 
-    def _attempt(self, path: Path, *, per_channel: bool, excluded: list[str], weights: Weights) -> bool:
-        made = self._write(path, per_channel=per_channel, excluded=excluded, weights=weights)
-        found = score(path, self.metrics[:1], part=self.evaluation, pad_id=self.pad_id, label_names=self.label_names)
-        metric = found[self.metrics[0]] if found else None
-        passed, saturating, pairs = not self._misses(metric), None, None
+    def _attempt(self, path: Path, form: _Form, *, excluded: list[str], weights: Weights) -> bool:
+        made = self._write(path, form, excluded=excluded, weights=weights)
+        report = self._predict(made) if weights.can_saturate and products_saturate() else None
+        if report is not None:  # this very machine clips sums: what exact ones give is computed beside
+            metric = self._metric(report.exact_logits)
+        else:
+            found = score(
+                path, self.metrics[:1], part=self.evaluation, pad_id=self.pad_id, label_names=self.label_names
+            )
+            metric = found[self.metrics[0]] if found else None
+        passed, changed, saturating, pairs = not self._misses(metric), None, None, None
+        if passed and self.invariance is not None:
+            invariance = self.invariance(path, form.activations)
+            passed, changed = invariance.within_bound, invariance.changed_decision_share
         if passed and self.target.saturates and weights.can_saturate:
-            report = predict_saturation(made, examples=self.evaluation.examples, pad_id=self.pad_id, kind=self.kind)
+            report = report or self._predict(made)
             pairs, saturating = report.saturated, self._metric(report.logits)
             passed = not self._misses(saturating)
         self.trials.append(
             Trial(
                 graph="fused-int8" if self.fused else "int8",
-                per_channel=per_channel,
+                per_channel=form.per_channel,
                 excluded=list(excluded),
                 metric=metric,
                 drop_points=self._drop(metric),
                 passed=passed,
                 mode=self.mode,
                 method=self._method,
+                activations=form.activations,
+                changed_decision_share=changed,
                 weights=weights,
                 saturating_metric=saturating,
                 saturated_pairs=pairs,
             )
         )
         return passed
+
+    def _predict(self, made: onnx.ModelProto) -> SaturationReport:
+        return predict_saturation(made, examples=self.evaluation.examples, pad_id=self.pad_id, kind=self.kind)
 
     def _metric(self, logits: NDArray[np.float32]) -> float | None:
         if not np.isfinite(logits).all():
@@ -232,12 +273,15 @@ class Int8Search:
     def _sentence(self, trial: Trial) -> str:
         weights = "a scale per column" if trial.per_channel else "a scale per matrix"
         weights += f", ranges by {trial.method}" if trial.method else ""
+        weights += ", one per row of activations" if trial.activations == "per-row" else ""
         weights += {REDUCED: ", 7 bits", UNSIGNED: ", unsigned"}.get(trial.weights, "")
         kept = f" with {len(trial.excluded)} operators in fp32" if trial.excluded else ""
         found = "outputs that are not finite" if trial.metric is None else f"{trial.metric:.4f}"
         if trial.saturated_pairs:
             clipped = trial.saturating_metric
             found += f" ({'not finite' if clipped is None else f'{clipped:.4f}'} on CPUs without exact int8 sums)"
+        if trial.changed_decision_share:
+            found += f", {trial.changed_decision_share:.1%} of decisions changed by padding or batch mates"
         return f"{weights}{kept}: {found}"
 
     def _fp32_logits(self, path: Path) -> tuple[Encoded, NDArray[np.float32]]:
@@ -262,7 +306,7 @@ class Int8Search:
         errors = {}
         with progress("sensitivity", len(names)) as bar:
             for name in names:
-                self._write(path, per_channel=self.granularities[-1], excluded=[name])
+                self._write(path, self._forms()[-1], excluded=[name])
                 errors[name] = self._error(path, examples, expected)
                 bar.advance(detail=name)
         return sorted(names, key=errors.__getitem__)

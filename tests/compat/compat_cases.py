@@ -10,7 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ ODD_TEXTS = (
 )
 
 
+INT8, FLOAT16 = ("fp32", "int8", "fused", "fused-int8"), ("fp32", "fused", "fp16")
+
+
 @dataclass(frozen=True)
 class Design:
     """What one artifact is made of."""
@@ -57,6 +60,13 @@ class Design:
     family: str = "bert"
     pairs: bool = False
     opset: int = 17
+    target: str = "portable"
+    quantize: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs that its artifact has to hold."""
+        return FLOAT16 if self.quantize.get("mode") == "float16" else INT8
 
 
 DESIGNS = {
@@ -73,13 +83,21 @@ DESIGNS = {
     "roberta-tokenizer": Design(family="roberta"),
     "deberta-tokenizer": Design(family="deberta-v2"),
     "deberta-pairs": Design(family="deberta-v2", pairs=True),
-    "opset-18": Design(opset=18),
-    "opset-19": Design(opset=19),
-    "opset-20": Design(opset=20),
-    "opset-21": Design(opset=21),
-    "opset-21-dynamo": Design(exporter="dynamo", opset=21),
+    "static": Design(quantize={"mode": "static"}),
+    "static-tokens": Design("token-classification", exporter="dynamo", quantize={"mode": "static"}),
+    "four-bit": Design(quantize={"embedding_bits": 4}),
+    "float16": Design(quantize={"mode": "float16", "float16_on_cpu": True}),
+    "opset-18": Design(opset=18, target="x86-avx2"),
+    "opset-19": Design(opset=19, target="x86-avx2"),
+    "opset-20": Design(opset=20, target="x86-avx2"),
+    "opset-21": Design(opset=21, target="x86-avx2"),
+    "opset-21-dynamo": Design(exporter="dynamo", opset=21, target="x86-avx2"),
 }
 NAMES = (*DESIGNS, *([GIVEN] if ARTIFACT else []))
+# (name, graph) of all that there is to ask about.
+GRAPHS_ASKED = [(name, graph) for name, design in DESIGNS.items() for graph in design.graphs]
+if ARTIFACT:
+    GRAPHS_ASKED += [(GIVEN, graph) for graph in Artifact.load(Path(ARTIFACT)).graphs()]
 LABELS: dict[Kind, tuple[str, ...]] = {
     "classification": ("cancel", "dim", "light"),
     "multilabel": ("home", "media", "time"),
@@ -172,11 +190,13 @@ def build(name: str, folder: Path) -> Artifact:
         "teacher": {"model": str(student)},
         "data": {"path": str(data), "max_length": MAX_LENGTH} | ({"task": task} if task else {}),
         "student": {"name": "4L"},
-        "export": {"exporter": design.exporter, "opset": design.opset},
-        "quantize": {"max_drop": 100},
+        "export": {"exporter": design.exporter, "opset": design.opset, "target": design.target},
+        "quantize": {"max_drop": 100, "max_changed": 100} | design.quantize,
     }
     export_stage(build_recipe(content, where=name), student, folder / name, data=str(data))
-    return Artifact.load(folder / name)
+    artifact = Artifact.load(folder / name)
+    assert artifact.graphs() == [graph for graph in GRAPHS if graph in design.graphs]
+    return artifact
 
 
 def _write_data(folder: Path, design: Design) -> Path:

@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 from compat_agreement import assert_equal_outputs, difference, found_outputs, tolerance
 from compat_asking import ANSWERING, INSTALLED, ROOT, ask, executable, installed
-from compat_cases import NAMES, Case
+from compat_cases import GRAPHS_ASKED, Case
 
 from bertemd_deploy.artifact import GRAPH_PRECISION, GRAPHS
 from bertemd_deploy.compatibility import highest_opset, oldest_onnxruntime, release
@@ -44,8 +44,7 @@ def answers(request: pytest.FixtureRequest) -> Ask:
     return of
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "graph"), GRAPHS_ASKED)
 @pytest.mark.parametrize("version", RELEASES)
 def test_a_release_runs_what_is_stated(
     version: str, name: str, graph: str, answers: Ask, request: pytest.FixtureRequest
@@ -78,7 +77,7 @@ def test_the_newest_onnxruntime_node_runs_all(request: pytest.FixtureRequest) ->
     questions = request.getfixturevalue("request_for")()
     found = ask([executable("node"), str(ANSWERING / "onnxruntime_node.cjs")], questions, work=work, folder=software)
     for name, case in cases.items():
-        for graph in GRAPHS:
+        for graph in case.artifact.graphs():
             assert_equal_outputs(case, graph, found["cases"][name]["graphs"][graph])
 
 
@@ -89,8 +88,7 @@ def wanted() -> None:
         pytest.skip(f"there is no {INSTALLED} (make compat)")
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "graph"), GRAPHS_ASKED)
 def test_plain_onnxruntime_in_python_runs_all(
     name: str, graph: str, wanted: None, request: pytest.FixtureRequest
 ) -> None:
@@ -104,8 +102,7 @@ def test_plain_onnxruntime_in_python_runs_all(
     assert_equal_outputs(case, graph, {"outputs": outputs})
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "graph"), GRAPHS_ASKED)
 def test_the_onnx_checker_passes_in_full(name: str, graph: str, wanted: None, request: pytest.FixtureRequest) -> None:
     case: Case = request.getfixturevalue("cases")[name]
     path = case.artifact.folder / GRAPHS[graph]
@@ -136,8 +133,7 @@ class TestMinimum:
         command = [str(software / "bin" / "python"), str(ANSWERING / "classifier_python.py")]
         return ask(command, questions, work=work, folder=software, path=str(ROOT))
 
-    @pytest.mark.parametrize("graph", GRAPHS)
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize(("name", "graph"), GRAPHS_ASKED)
     def test_the_runtime_half_runs_there(
         self, name: str, graph: str, answer: dict[str, Any], cases: dict[str, Case]
     ) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from compat_agreement import assert_equal_outputs
 from compat_asking import ANSWERING, ask, installed
-from compat_cases import NAMES, Case
+from compat_cases import GRAPHS_ASKED, Case
 
 pytestmark = pytest.mark.compat
-PORTABLE = ("fp32", "int8")
+PORTABLE = ("fp32", "int8", "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,6 @@ def answer(request: pytest.FixtureRequest) -> dict[str, Any]:
     return ask(command, questions, work=work, folder=software)
 
 
-@pytest.mark.parametrize("graph", PORTABLE)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "graph"), [asked for asked in GRAPHS_ASKED if asked[1] in PORTABLE])
 def test_outputs_are_equal(name: str, graph: str, answer: dict[str, Any], cases: dict[str, Case]) -> None:
     assert_equal_outputs(cases[name], graph, answer["cases"][name]["graphs"][graph])

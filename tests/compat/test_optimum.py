@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 from compat_agreement import assert_equal_decisions, assert_equal_outputs, tokens_differ
 from compat_asking import ANSWERING, ask, installed
-from compat_cases import NAMES, Case
-
-from bertemd_deploy.artifact import GRAPHS
+from compat_cases import GRAPHS_ASKED, NAMES, Case
 
 pytestmark = pytest.mark.compat
 
@@ -24,8 +22,7 @@ def answer(request: pytest.FixtureRequest) -> dict[str, Any]:
     return ask(command, request_for(), work=work, folder=software)
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "graph"), GRAPHS_ASKED)
 def test_outputs_are_equal(name: str, graph: str, answer: dict[str, Any], cases: dict[str, Case]) -> None:
     assert_equal_outputs(cases[name], graph, answer["cases"][name]["graphs"][graph])
 

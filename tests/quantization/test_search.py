@@ -14,10 +14,11 @@ from bertemd_deploy.bert_graph import fusable_graph, portable_graph
 from bertemd_deploy.errors import ExportError, GateError
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.gate import score
+from bertemd_deploy.invariance import Invariance, bound_of, measure_invariance
 from bertemd_deploy.onnx_edit import histogram, save
 from bertemd_deploy.quantization.calibration import METHODS, calibrate
 from bertemd_deploy.quantization.dynamic import operators
-from bertemd_deploy.quantization.search import EXCLUSIONS, Int8Search
+from bertemd_deploy.quantization.search import EXCLUSIONS, Activations, Int8Search
 from bertemd_deploy.quantization.static import activations
 from bertemd_deploy.runtime import open_session, predict_logits
 
@@ -72,8 +73,9 @@ def test_the_operator_that_loses_the_accuracy_is_found_and_left_in_float(tmp_pat
     hard = search(fp32, tmp_path / "m.onnx", max_drop=15, model=model)
     assert hard.reference == 1
     found = hard.run(tmp_path / "model_quantized.onnx", out=tmp_path)
-    assert [trial.passed for trial in hard.trials] == [False, False, True]
-    assert [trial.per_channel for trial in hard.trials] == [False, True, True]
+    assert [trial.passed for trial in hard.trials] == [False, False, False, True]
+    assert [trial.per_channel for trial in hard.trials] == [False, True, True, True]
+    assert [trial.activations for trial in hard.trials] == ["per-tensor", "per-tensor", "per-row", "per-row"]
     assert found.excluded == ["/layers.0/intermediate/MatMul"]
     assert found.drop_points is not None
     assert found.drop_points <= 15
@@ -87,10 +89,10 @@ def test_no_setting_passes(graph: onnx.ModelProto, tmp_path: Path) -> None:
     assert message.startswith(
         "model_quantized.onnx loses too much accuracy against the fp32 student (1.0000; allowed -1"
     )
-    assert "a scale per column with 4 operators in fp32" in message
+    assert "a scale per column, one per row of activations with 4 operators in fp32" in message
     assert "Kept as model_quantized.rejected.onnx" in message
     assert (tmp_path / "out/onnx/model_quantized.rejected.onnx").is_file()
-    assert len(impossible.trials) == 2 + sum(count < len(operators(graph)) for count in EXCLUSIONS)
+    assert len(impossible.trials) == 3 + sum(count < len(operators(graph)) for count in EXCLUSIONS)
 
 
 def test_outputs_that_are_not_finite_are_a_miss(graph: onnx.ModelProto, tmp_path: Path) -> None:
@@ -166,3 +168,20 @@ def test_trained_ranges_of_another_graph_are_refused(graph: onnx.ModelProto, tmp
         search(graph, tmp_path / "m.onnx", max_drop=5, mode="static", trained_ranges={}).run(
             tmp_path / "q.onnx", out=tmp_path
         )
+
+
+def test_a_graph_that_its_batch_moves_too_much_is_passed_over(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    sought = search(graph, tmp_path / "m.onnx", max_drop=20)
+
+    def measured(path: Path, activations: Activations) -> Invariance:
+        examples = sought.evaluation.examples
+        bound = bound_of(activations, max_changed=0)
+        kind = "classification"
+        return measure_invariance(path, examples=examples, pad_id=0, kind=kind, max_length=32, bound=bound)
+
+    sought.invariance = measured
+    found = sought.run(tmp_path / "q.onnx", out=tmp_path)
+    assert (found.activations, found.changed_decision_share) == ("per-row", 0)
+    rejected = sought.trials[:-1]
+    assert [trial.activations for trial in rejected] == ["per-tensor", "per-tensor"]
+    assert all(trial.changed_decision_share for trial in rejected)

@@ -13,6 +13,7 @@ const SEQUENCE = ['AutoModelForSequenceClassification', 'text-classification', [
 const FILES = {
   fp32: {dtype: 'fp32'},
   int8: {dtype: 'q8'},
+  fp16: {dtype: 'fp16'},
   fused: {dtype: 'fp32', model_file_name: 'model_fused'},
   'fused-int8': {dtype: 'q8', model_file_name: 'model_fused'},
 };
