@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import nn
 
 from bertemd_deploy.artifact import EVALUATION, GRAPHS, MANIFEST, Artifact, DataSlice, write_slices
@@ -30,8 +31,8 @@ from bertemd_deploy.bert_graph import (
     torch_logits,
 )
 from bertemd_deploy.console import note, progress
-from bertemd_deploy.encoding import TextEncoder
-from bertemd_deploy.errors import ExportError, GateError
+from bertemd_deploy.encoding import TextEncoder, decoded
+from bertemd_deploy.errors import ExportError, GateError, RecipeError
 from bertemd_deploy.files import claim_folder, new_folder, write_json, write_text
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.gate import (
@@ -55,9 +56,11 @@ from bertemd_deploy.runtime import collect_logits
 from bertemd_deploy.settings import ExportSettings, QuantizeSettings
 from bertemd_deploy.targets import check_graph, resolve
 from bertemd_deploy.tasks import Kind
+from bertemd_deploy.tokenizer_graph import check_tokenizer, tokenizer_graph, with_tokenizer
 
 __all__ = ["export", "export_fp32"]
 
+WITH_TOKENIZER = "onnx/model_with_tokenizer.onnx"
 _HALF_CHANGED = 0.01  # share of decisions
 
 
@@ -143,6 +146,8 @@ def export(
         elif quantization.mode == "float16":
             _write_half(build, reference, metrics=metrics, part=evaluation, pad_id=pad_id, limits=quantization)
         _judge_invariance(build, reference.kind, part=evaluation, pad_id=pad_id, limits=quantization)
+        if settings.tokenizer_inside:
+            _write_with_tokenizer(build, reference.kind, part=evaluation, max_length=max_length)
         manifest = describe(
             build,
             model,
@@ -338,6 +343,28 @@ def _measure_invariance(
         max_length=int(build.metadata["max_length"]),
         bound=bound,
     )
+
+
+def _write_with_tokenizer(build: Build, kind: Kind, *, part: DataSlice, max_length: int) -> None:
+    """Write the smallest portable graph behind its tokenizer, checked on the evaluation slice's texts."""
+    if kind not in ("classification", "regression", "multilabel"):
+        raise RecipeError(
+            f"export.tokenizer_inside: what {kind} says belongs to tokens, which a graph that takes texts does not hand out. "
+            "Set it to false."
+        )
+    source = build.graphs.get("int8", build.graphs["fp32"])
+    texts, pairs = decoded(Tokenizer.from_file(str(build.folder / "tokenizer.json")), part.examples)
+    front = tokenizer_graph(
+        build.folder,
+        max_length=max_length,
+        pairs=pairs is not None,
+        opset=build.opset,
+        ir_version=source.ir_version,
+    )
+    check_tokenizer(front, texts, pairs, tokenizer=build.folder, max_length=max_length)
+    joined = with_tokenizer(source, front)
+    onnx.save_model(joined, build.folder / WITH_TOKENIZER)
+    note(f"{WITH_TOKENIZER}: the same tokens as the tokenizer on all of {len(texts):,} dev texts")
 
 
 def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:

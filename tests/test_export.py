@@ -12,18 +12,23 @@ import pytest
 import torch
 import transformers
 from tiny_student import LABELS, VOCABULARY, examples, labelled, tiny_model, write_student
+from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from bertemd_deploy import bert_graph
 from bertemd_deploy import export as module
 from bertemd_deploy.artifact import GRAPHS, Artifact
 from bertemd_deploy.bench import environment
 from bertemd_deploy.bert_graph import check_shapes, load_model, portable_graph
+from bertemd_deploy.classifier import Classifier
 from bertemd_deploy.errors import ArtifactError, ExportError, GateError, ModelError, RecipeError
 from bertemd_deploy.export import export, export_fp32
 from bertemd_deploy.onnx_edit import IR_VERSIONS, histogram, save
 from bertemd_deploy.runtime import INPUT_NAMES, open_session, predict_logits
 from bertemd_deploy.settings import ExportSettings, QuantizeSettings
 from bertemd_deploy.tasks import Kind
+from bertemd_deploy.tokenizer_graph import open_text_session
 
 WRITTEN = {graph: path for graph, path in GRAPHS.items() if graph != "fp16"}
 TASK = {"name": "mrpc", "kind": "classification", "metrics": ["f1", "accuracy"]}
@@ -491,3 +496,26 @@ def test_a_target_that_does_not_read_the_graphs_is_refused(student: Path, tmp_pa
     with pytest.raises(ExportError, match=r"would not run on portable.*set export\.opset to 17 or less"):
         export(**arguments(student, tmp_path / "artifact", settings=ExportSettings(opset=18)))
     assert not any((tmp_path / "artifact").iterdir())
+
+
+def test_a_graph_that_takes_texts(tmp_path: Path) -> None:
+    student = write_student(tmp_path / "student")
+    tokenizer = Tokenizer.from_file(str(student / "tokenizer.json"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    tokenizer.save(str(student / "tokenizer.json"))
+    settings, limits = ExportSettings(tokenizer_inside=True), QuantizeSettings(mode="none")
+    made = export(**arguments(student, tmp_path / "artifact", settings=settings, quantization=limits))
+    session = open_text_session(str(made.file(module.WITH_TOKENIZER)))
+    texts = ["word1 word2", "word3"]
+    (found,) = session.run(["logits"], {"text": np.array(texts, dtype=object)})
+    np.testing.assert_allclose(found, Classifier.load(made.folder, graph="fp32").logits(texts), atol=1e-5)
+
+
+def test_a_graph_that_takes_texts_is_for_decisions_on_the_whole(tmp_path: Path) -> None:
+    student = write_student(tmp_path / "student", kind="token-classification")
+    task = {"name": "token-classification", "kind": "token-classification", "metrics": ["entity_f1"]}
+    settings, limits = ExportSettings(tokenizer_inside=True), QuantizeSettings(mode="none")
+    with pytest.raises(
+        RecipeError, match=r"export\.tokenizer_inside: what token-classification says belongs to tokens"
+    ):
+        export(**arguments(student, tmp_path / "artifact", task=task, settings=settings, quantization=limits))

@@ -115,30 +115,30 @@ def test_the_onnx_checker_passes_in_full(name: str, graph: str, wanted: None, re
         assert (opset, model.ir_version) <= (17, 8)
 
 
-class TestMinimum:
-    """The runtime half with the oldest release of each package that pyproject.toml lets it have."""
+@pytest.fixture(scope="module")
+def minimum(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return what the runtime half answers with the oldest release of each package that pyproject.toml lets it have."""
+    software = installed("minimum", program="bin/python")
+    questions = request.getfixturevalue("request_for")()
+    work = request.getfixturevalue("compat_work") / "minimum"
+    command = [str(software / "bin" / "python"), str(ANSWERING / "classifier_python.py")]
+    return ask(command, questions, work=work, folder=software, path=str(ROOT))
 
-    def test_the_environment_is_the_oldest_allowed(self) -> None:
-        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-        block = text.split("\ndependencies = [\n", 1)[1].split("\n]\n", 1)[0]
-        allowed = [f"{name}=={lowest}" for name, lowest in re.findall(r'"([\w-]+)>=([\d.]+)"', block)]
-        stated = (ROOT / "tests/compat/software/minimum.txt").read_text(encoding="utf-8").splitlines()
-        assert [line for line in stated if not line.startswith("#")] == allowed
 
-    @pytest.fixture(scope="class")
-    def answer(self, request: pytest.FixtureRequest) -> dict[str, Any]:
-        software = installed("minimum", program="bin/python")
-        questions = request.getfixturevalue("request_for")()
-        work = request.getfixturevalue("compat_work") / "minimum"
-        command = [str(software / "bin" / "python"), str(ANSWERING / "classifier_python.py")]
-        return ask(command, questions, work=work, folder=software, path=str(ROOT))
+@pytest.mark.parametrize(("name", "graph"), GRAPHS_ASKED)
+def test_the_runtime_half_runs_with_the_oldest_packages(
+    name: str, graph: str, minimum: dict[str, Any], cases: dict[str, Case]
+) -> None:
+    found = minimum["cases"][name]["graphs"][graph]
+    assert_equal_outputs(cases[name], graph, found)
+    if graph == "fp32":
+        predictions = cases[name].classifier(graph).predict(cases[name].texts, cases[name].pairs)
+        assert [entry["label"] for entry in found["decisions"]] == [one.label for one in predictions]
 
-    @pytest.mark.parametrize(("name", "graph"), GRAPHS_ASKED)
-    def test_the_runtime_half_runs_there(
-        self, name: str, graph: str, answer: dict[str, Any], cases: dict[str, Case]
-    ) -> None:
-        found = answer["cases"][name]["graphs"][graph]
-        assert_equal_outputs(cases[name], graph, found)
-        if graph == "fp32":
-            predictions = cases[name].classifier(graph).predict(cases[name].texts, cases[name].pairs)
-            assert [entry["label"] for entry in found["decisions"]] == [one.label for one in predictions]
+
+def test_the_oldest_packages_are_those_of_the_project() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = text.split("\ndependencies = [\n", 1)[1].split("\n]\n", 1)[0]
+    allowed = [f"{name}=={lowest}" for name, lowest in re.findall(r'"([\w-]+)>=([\d.]+)"', block)]
+    stated = (ROOT / "tests/compat/software/minimum.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in stated if not line.startswith("#")] == allowed
