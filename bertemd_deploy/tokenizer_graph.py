@@ -244,7 +244,8 @@ def _words(
 ) -> str:
     """Add the nodes from texts (R,) to their words in one list, with a `MARK` behind each text's."""
     spares = RESERVED[: len(added)]
-    rows = graph.replace(rows, one_of(spares), RESERVED[-1])  # a text's own
+    if spares:
+        rows = graph.replace(rows, one_of(spares), RESERVED[-1])  # a text's own
     for token, spare in zip(added, spares, strict=True):
         if not token["normalized"]:
             rows = graph.replace(rows, escaped(token["content"]), spare)

@@ -506,9 +506,10 @@ def test_a_graph_that_takes_texts(tmp_path: Path) -> None:
     settings, limits = ExportSettings(tokenizer_inside=True), QuantizeSettings(mode="none")
     made = export(**arguments(student, tmp_path / "artifact", settings=settings, quantization=limits))
     session = open_text_session(str(made.file(module.WITH_TOKENIZER)))
-    texts = ["word1 word2", "word3"]
-    (found,) = session.run(["logits"], {"text": np.array(texts, dtype=object)})
-    np.testing.assert_allclose(found, Classifier.load(made.folder, graph="fp32").logits(texts), atol=1e-5)
+    texts, pairs = ["word1 word2", "word3"], ["word4", "word5 word6 word7"]
+    feeds = {"text": np.array(texts, dtype=object), "text_pair": np.array(pairs, dtype=object)}
+    (found,) = session.run(["logits"], feeds)
+    np.testing.assert_allclose(found, Classifier.load(made.folder, graph="fp32").logits(texts, pairs), atol=1e-5)
 
 
 def test_a_graph_that_takes_texts_is_for_decisions_on_the_whole(tmp_path: Path) -> None:
