@@ -2,8 +2,8 @@
 
 Measured, not read off release notes: `tests/compat` runs artifacts of every kind in each release named here and in the one
 below it. An old release refuses an operator set or a file format that it does not know. Its fused attention is worse than
-that: it loads, and answers wrongly. 1.15 takes queries without their bias for what they are not; up to 1.20 a mask over keys
-is read for as many keys as there are queries, and the last layer of a decision has one query.
+that: it loads, and answers wrongly. 1.15 does so always, 1.16 to 1.20 where a mask over keys comes with fewer queries than
+keys, as in the last layer of a decision that reads one row.
 """
 
 from __future__ import annotations

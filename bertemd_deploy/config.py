@@ -198,7 +198,7 @@ def _convert(value: Any, hint: Any) -> Any:
     """Return `value` as the annotated type `hint`, or raise ValueError saying what was allowed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
+        if not any(value == known and type(value) is type(known) for known in arguments):
             raise ValueError(f"found {_describe(value)}, allowed: {', '.join(map(str, arguments))}")
         return value
     if origin in (types.UnionType, typing.Union):
@@ -291,6 +291,20 @@ def _combination_faults(recipe: Recipe) -> list[str]:
     mode = recipe.quantize.mode
     if mode in ("none", "float16") and any("int8" in graph for graph in graphs):
         faults.append(f"bench.graphs asks for int8 graphs, but quantize.mode is {mode}; name graphs [fp32, fused]")
+    if mode != "float16" and "fp16" in graphs:
+        faults.append(
+            f"bench.graphs asks for fp16, but quantize.mode is {mode}; leave it out, or set the mode to float16"
+        )
+    if mode in ("none", "float16") and recipe.quantize.embedding_bits != 8:
+        faults.append(
+            f"quantize.embedding_bits only acts on int8 graphs, and quantize.mode is {mode}; remove it or switch"
+        )
+    if mode != "float16" and recipe.quantize.float16_on_cpu:
+        faults.append("quantize.float16_on_cpu only acts with quantize.mode: float16; remove it or switch")
+    if distill.quant_aware and mode != "static":
+        faults.append(f"distill.quant_aware trains for quantize.mode: static, and it is {mode}; set it to static")
+    if kind in ("token-classification", "question-answering") and recipe.export.tokenizer_inside:
+        faults.append(f"export.tokenizer_inside: what {kind} says belongs to tokens; set it to false")
     if mode == "float16" and not recipe.quantize.float16_on_cpu:
         faults.append(
             "quantize.mode: float16 is for GPUs, and every target is a CPU, where it is slower than fp32; set "
@@ -298,4 +312,9 @@ def _combination_faults(recipe: Recipe) -> list[str]:
         )
     if recipe.export.target not in (*TARGETS, AUTO):
         faults.append(f"export.target: unknown {recipe.export.target!r}; known: {', '.join((*TARGETS, AUTO))}")
+    elif recipe.export.target != AUTO and recipe.export.opset > (most := TARGETS[recipe.export.target].ceiling.opset):
+        faults.append(
+            f"export.opset is {recipe.export.opset}, and {recipe.export.target} reads up to {most}; lower it, or name another "
+            "export.target"
+        )
     return faults

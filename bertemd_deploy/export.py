@@ -7,6 +7,7 @@ nodes a graph has is decided in `bert_graph`, `fuse` and `quantize`; what passes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,13 +33,14 @@ from bertemd_deploy.bert_graph import (
 )
 from bertemd_deploy.console import note, progress
 from bertemd_deploy.encoding import TextEncoder, decoded
-from bertemd_deploy.errors import ExportError, GateError, RecipeError
+from bertemd_deploy.errors import ArtifactError, BertemdError, ExportError, GateError, RecipeError
 from bertemd_deploy.files import claim_folder, new_folder, write_json, write_text
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.gate import (
     Reference,
     check_parity,
     discard_rejected,
+    holds_only_rejected,
     keep_rejected,
     measure_parity,
     parity_reference,
@@ -108,15 +110,17 @@ def export(
         ArtifactError: `out` holds something else, or cannot be written.
     """
     target = resolve(settings.target)
-    discard_rejected(out)
+    if (out / MANIFEST).exists() or holds_only_rejected(out):
+        discard_rejected(out)
     claim_folder(out, marker=MANIFEST, force=force)
+    discard_rejected(out)
     kind: Kind = task["kind"]
     model = load_model(student, kind=kind)
     config: Any = model.config
     slices = (evaluation, calibration)
     _check_request(config, student=student, kind=kind, labels=labels, max_length=max_length, slices=slices)
     pad_id = TextEncoder.load(student, max_length=max_length).pad_id
-    foreign = any(out.iterdir()) and not (out / MANIFEST).exists()
+    foreign = _holds_other_files(out)
     with new_folder(out / ".bertemd-new" if foreign else out) as folder:
         (folder / "onnx").mkdir()
         names = {} if kind == "question-answering" else {"id2label": dict(enumerate(labels)) or {0: "LABEL_0"}}
@@ -364,7 +368,9 @@ def _write_with_tokenizer(build: Build, kind: Kind, *, part: DataSlice, max_leng
     check_tokenizer(front, texts, pairs, tokenizer=build.folder, max_length=max_length)
     joined = with_tokenizer(source, front)
     onnx.save_model(joined, build.folder / WITH_TOKENIZER)
-    note(f"{WITH_TOKENIZER}: the same tokens as the tokenizer on all of {len(texts):,} dev texts")
+    note(
+        f"{WITH_TOKENIZER}: the same tokens as the tokenizer on all of {len(texts):,} dev texts, as read back from their tokens"
+    )
 
 
 def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:
@@ -378,9 +384,27 @@ def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | No
 
 
 def _move_into(source: Path, out: Path) -> None:
-    """Move every file of a finished artifact into a folder that holds other things, the manifest last."""
+    """Move every file of a finished artifact into a folder that holds other things, the manifest last.
+
+    Raises:
+        ArtifactError: a file of the artifact cannot be placed, such as where a folder has its name.
+    """
     files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    for name in sorted(files, key=lambda path: path == Path(MANIFEST)):
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).replace(out / name)
-    shutil.rmtree(source)
+    try:
+        for name in files:
+            if (out / name).is_dir() or any(place.is_file() for place in (out / name).parents):
+                raise ArtifactError(f"{out / name}: something of this name is in the way. Choose another --out.")
+        for name in sorted(files, key=lambda path: path == Path(MANIFEST)):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).replace(out / name)
+    finally:
+        shutil.rmtree(source)
+
+
+def _holds_other_files(out: Path) -> bool:
+    """Say whether a folder holds files that no manifest in it names."""
+    named = {MANIFEST}
+    if (out / MANIFEST).is_file():
+        with contextlib.suppress(BertemdError):  # of a damaged manifest every file is kept
+            named |= set(Artifact.load(out).manifest["files"])
+    return any(path.is_file() and path.relative_to(out).as_posix() not in named for path in out.rglob("*"))

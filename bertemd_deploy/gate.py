@@ -159,6 +159,12 @@ def keep_rejected(path: Path, *, out: Path) -> Path:
     return kept
 
 
+def holds_only_rejected(out: Path) -> bool:
+    """Say whether a folder holds graphs that an earlier run rejected, and nothing else."""
+    files = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else []
+    return bool(files) and all(path.parent == out / "onnx" and path.name.endswith(REJECTED) for path in files)
+
+
 def discard_rejected(out: Path) -> None:
     """Remove graphs that an earlier run rejected, and the folders where they were all there was."""
     for path in (out / "onnx").glob(f"*{REJECTED}"):

@@ -110,11 +110,13 @@ def export_stage(
     from bertemd_deploy.export import export
     from bertemd_deploy.facts import FACTS, facts_from_data, read_student
 
+    if student.resolve() in (out.resolve(), *out.resolve().parents) or out.resolve() in student.resolve().parents:
+        raise RecipeError(f"--out {out}: the artifact would lie with the student's own files. Choose another folder.")
     trims = recipe.export.vocabulary is not None
     loaded: Dataset | None = None
     if data is not None or (trims and own_data):
         loaded, max_length = load_recipe_data(recipe.data)
-    if data is not None and loaded is not None:
+    if data is not None and loaded is not None and not (trims and (student / FACTS).is_file()):
         facts = facts_from_data(student, loaded, max_length=max_length)
     elif (student / FACTS).is_file():
         facts = read_student(student)

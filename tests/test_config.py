@@ -122,12 +122,33 @@ def test_recipe_is_frozen(tmp_path: Path):
         ("bench: {batch_sizes: [0, 1]}", "bench.batch_sizes: found [0, 1], allowed: numbers from 1"),
         ("bench: {threads: [true]}", "bench.threads: found bool True, allowed: a whole number or 'all'"),
         (
-            "distill: {quant_aware: true, quant_aware_epochs: 3, epochs: 2}",
+            "quantize: {mode: static}\ndistill: {quant_aware: true, quant_aware_epochs: 3, epochs: 2}",
             "distill.quant_aware_epochs is 3, distill.epochs 2; lower the first",
         ),
         (
             "distill: {quant_aware_epochs: 3}",
             "distill.quant_aware_epochs only acts with quant_aware: true; remove it or switch",
+        ),
+        (
+            "distill: {quant_aware: true}",
+            "distill.quant_aware trains for quantize.mode: static, and it is dynamic; set it to static",
+        ),
+        (
+            "quantize: {mode: none, embedding_bits: 4}",
+            "quantize.embedding_bits only acts on int8 graphs, and quantize.mode is none; remove it or switch",
+        ),
+        ("quantize: {embedding_bits: 4.0}", "quantize.embedding_bits: found float 4.0, allowed: 8, 4"),
+        (
+            "quantize: {float16_on_cpu: true}",
+            "quantize.float16_on_cpu only acts with quantize.mode: float16; remove it or switch",
+        ),
+        (
+            "export: {opset: 18}",
+            "export.opset is 18, and portable reads up to 17; lower it, or name another export.target",
+        ),
+        (
+            "bench: {graphs: [fp16]}",
+            "bench.graphs asks for fp16, but quantize.mode is dynamic; leave it out, or set the mode to float16",
         ),
         ("quantize: {embedding_bits: 2}", "quantize.embedding_bits: found int 2, allowed: 8, 4"),
         (

@@ -465,7 +465,7 @@ def test_static_graphs_do_not_depend_on_their_batch(student: Path, tmp_path: Pat
 def test_float16_is_written_for_those_who_insist(student: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="fp16: asked for on a CPU"):
         export(**arguments(student, tmp_path / "refused", quantization=QuantizeSettings(mode="float16")))
-    assert not any((tmp_path / "refused").iterdir())
+    assert not (tmp_path / "refused").exists()
     limits = QuantizeSettings(mode="float16", float16_on_cpu=True, max_drop=5)
     made = export(**arguments(student, tmp_path / "artifact", quantization=limits))
     assert made.graphs() == ["fp32", "fused", "fp16"]
@@ -495,7 +495,7 @@ def test_a_target_that_does_not_read_the_graphs_is_refused(student: Path, tmp_pa
         export(**arguments(student, tmp_path / "artifact", settings=ExportSettings(target="z80")))
     with pytest.raises(ExportError, match=r"would not run on portable.*set export\.opset to 17 or less"):
         export(**arguments(student, tmp_path / "artifact", settings=ExportSettings(opset=18)))
-    assert not any((tmp_path / "artifact").iterdir())
+    assert not (tmp_path / "artifact").exists()
 
 
 def test_a_graph_that_takes_texts(tmp_path: Path) -> None:
@@ -520,3 +520,38 @@ def test_a_graph_that_takes_texts_is_for_decisions_on_the_whole(tmp_path: Path) 
         RecipeError, match=r"export\.tokenizer_inside: what token-classification says belongs to tokens"
     ):
         export(**arguments(student, tmp_path / "artifact", task=task, settings=settings, quantization=limits))
+
+
+def test_files_beside_an_artifact_outlive_the_next_export(student: Path, tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    quick = arguments(student, out, quantization=QuantizeSettings(mode="none"))
+    export(**quick)
+    (out / "notes.txt").write_text("mine")
+    (out / "mine").mkdir()
+    (out / "mine/model.safetensors").write_text("mine")
+    made = export(**quick)
+    assert (out / "notes.txt").read_text() == (out / "mine/model.safetensors").read_text() == "mine"
+    assert not (out / ".bertemd-new").exists()
+    for name in made.manifest["files"]:
+        made.file(name)
+
+
+def test_a_name_in_the_way_is_found_before_anything_is_placed(student: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "onnx").write_text("mine")
+    (out / "README.md").write_text("mine")
+    quick = arguments(student, out, quantization=QuantizeSettings(mode="none"), force=True)
+    with pytest.raises(ArtifactError, match="something of this name is in the way"):
+        export(**quick)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"onnx": "mine", "README.md": "mine"}
+
+
+def test_a_refused_folder_keeps_what_looks_rejected(student: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    (out / "onnx").mkdir(parents=True)
+    (out / "onnx/mine.rejected.onnx").write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        export(**arguments(student, out, quantization=QuantizeSettings(mode="none")))
+    assert (out / "onnx/mine.rejected.onnx").read_text() == "mine"

@@ -402,6 +402,13 @@ def test_a_vocabulary_is_not_trimmed_without_texts(tiny_task: Task, tmp_path: Pa
     assert Artifact.load(run / "artifact").manifest["vocabulary"]["asked"] == "corpus"
 
 
+def test_an_artifact_does_not_go_into_its_student(tiny_task: Task, tmp_path: Path) -> None:
+    teacher, data = tiny_task()
+    for out in (teacher, teacher / "artifact", teacher.parent):
+        with pytest.raises(RecipeError, match="the artifact would lie with the student's own files"):
+            stages.export_stage(recipe(teacher, data), teacher, out, data=str(data))
+
+
 def test_the_whole_pipeline_ends_in_a_report_and_a_second_run_does_nothing(
     tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

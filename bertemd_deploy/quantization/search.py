@@ -160,10 +160,17 @@ class Int8Search:
         self._write(path, _Form(best.activations, best.per_channel), excluded=best.excluded, weights=best.weights)
         kept = keep_rejected(path, out=out)
         tried = "; ".join(self._sentence(trial) for trial in self.trials)
+        fault = f"loses too much {self.metrics[0]} against the fp32 student"
+        remedy = "Raise quantize.max_drop, or set quantize.mode to none."
+        if not self._misses(best.metric) and best.saturating_metric is None and not best.saturated_pairs:
+            fault = "depends too much on padding and batch mates; for comparison, the fp32 student"
+            remedy = "Raise quantize.max_changed, or set quantize.mode to static or none."
+        elif not self._misses(best.metric):
+            fault = f"loses too much {self.metrics[0]} on CPUs without exact int8 sums, against the fp32 student"
+            remedy = "Name the CPUs it is for with --target, raise quantize.max_drop, or set quantize.mode to none."
         raise GateError(
-            f"{name} loses too much {self.metrics[0]} against the fp32 student ({self.reference:.4f}; allowed "
-            f"{self.max_drop:g} points, {len(self.evaluation)} examples). Tried {tried}. Kept as {kept.name}. "
-            "Raise quantize.max_drop, or set quantize.mode to none."
+            f"{name} {fault} ({self.reference:.4f}; allowed {self.max_drop:g} points, {len(self.evaluation)} examples). "
+            f"Tried {tried}. Kept as {kept.name}. {remedy}"
         )
 
     def _forms(self) -> list[_Form]:
