@@ -63,6 +63,11 @@ from bertemd_deploy.tokenizer_graph import check_tokenizer, tokenizer_graph, wit
 __all__ = ["export", "export_fp32"]
 
 WITH_TOKENIZER = "onnx/model_with_tokenizer.onnx"
+_PROBLEM_TYPES = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
 _HALF_CHANGED = 0.01  # share of decisions
 
 
@@ -375,8 +380,8 @@ def _write_with_tokenizer(build: Build, kind: Kind, *, part: DataSlice, max_leng
 
 def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((student / "config.json").read_text(encoding="utf-8"))
-    if kind == "multilabel":
-        config["problem_type"] = "multi_label_classification"  # what makes other tools take a sigmoid per label
+    if kind in _PROBLEM_TYPES:
+        config["problem_type"] = _PROBLEM_TYPES[kind]  # what tells other tools to take a softmax, a sigmoid, or neither
     if id2label is None:
         return config
     names = {str(number): name for number, name in id2label.items()}

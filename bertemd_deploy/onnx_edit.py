@@ -222,10 +222,8 @@ def save(model: onnx.ModelProto, path: Path) -> None:
         raise ExportError(
             f"{path}: {model.ByteSize() / 2**30:.1f} GB, a single ONNX file holds 2 GB. Use a smaller model."
         )
-    standard = all(not node.domain for node in model.graph.node)
-    if standard:  # the checker knows standard operators only; the others are proved by running them
-        try:
-            onnx.checker.check_model(model, full_check=False)
-        except onnx.checker.ValidationError as error:
-            raise ExportError(f"{path}: not a valid ONNX graph ({str(error).strip().splitlines()[0]}).") from error
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path}: not a valid ONNX graph ({str(error).strip().splitlines()[0]}).") from error
     onnx.save_model(model, path)

@@ -97,7 +97,7 @@ class Target:
 
 
 def _native(name: str, *isa: str, saturates: bool = False, note: str) -> Target:
-    """Return a CPU on which this package runs; fused graphs are answered rightly from ONNX Runtime 1.21 on."""
+    """Return a CPU on which this package runs, with ONNX Runtime 1.21 or newer."""
     weights = (FULL, REDUCED, UNSIGNED) if saturates else (FULL,)
     return Target(name, isa, saturates, "1.21", (STANDARD, MICROSOFT), "fused", weights, note)
 
