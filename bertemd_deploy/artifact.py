@@ -264,11 +264,16 @@ class Artifact:
         requires = self.manifest.get("requires")
         check_isa(requires, graph=graph, found=instruction_sets())
         releases = requires.get("onnxruntime") if isinstance(requires, dict) else None
-        needed = releases.get(graph) if isinstance(releases, dict) else None
-        if not isinstance(needed, str):
+        if releases is None:
             return  # of an older version, which did not tell
         try:
+            needed = releases[graph]
             fault = release_fault(needed, installed=onnxruntime.__version__)
+        except (KeyError, TypeError):
+            raise ArtifactError(
+                f"{self.folder / MANIFEST}: requires.onnxruntime should name a release for graph {graph!r}, found "
+                f"{releases!r:.200}. Export again."
+            ) from None
         except ValueError as error:
             raise ArtifactError(f"{self.folder / MANIFEST}: requires.onnxruntime: {error}. Export again.") from error
         if fault is not None:

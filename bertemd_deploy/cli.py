@@ -231,7 +231,7 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder or artifact.")],
     data: Data,
     task: TaskName = None,
-    graph: Annotated[str, typer.Option(help="Artifact's graph: auto fp32 int8 fused fused-int8.")] = "auto",
+    graph: Annotated[str, typer.Option(help="Artifact's graph: auto fp32 int8 fp16 fused fused-int8.")] = "auto",
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -355,7 +355,7 @@ def predict(
         bool,
         typer.Option("--pair", help="Each text is a pair (question and context, too), separated by a tab."),
     ] = False,
-    graph: Annotated[str, typer.Option(help="auto fp32 int8 fused fused-int8.")] = "auto",
+    graph: Annotated[str, typer.Option(help="auto fp32 int8 fp16 fused fused-int8.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads [default: what this process may use].")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
 ) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import nn
 
 from bertemd_deploy.artifact import EVALUATION, GRAPHS, MANIFEST, Artifact, DataSlice, write_slices
@@ -32,8 +31,8 @@ from bertemd_deploy.bert_graph import (
     torch_logits,
 )
 from bertemd_deploy.console import note, progress
-from bertemd_deploy.encoding import TextEncoder, decoded
-from bertemd_deploy.errors import ArtifactError, BertemdError, ExportError, GateError, RecipeError
+from bertemd_deploy.encoding import TextEncoder
+from bertemd_deploy.errors import ArtifactError, BertemdError, ExportError, GateError
 from bertemd_deploy.files import claim_folder, new_folder, write_json, write_text
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.gate import (
@@ -56,13 +55,12 @@ from bertemd_deploy.quantization.half import to_half
 from bertemd_deploy.quantization.search import Int8Search
 from bertemd_deploy.runtime import collect_logits
 from bertemd_deploy.settings import ExportSettings, QuantizeSettings
-from bertemd_deploy.targets import check_graph, resolve
+from bertemd_deploy.targets import check_graph, check_judge, resolve
 from bertemd_deploy.tasks import Kind
-from bertemd_deploy.tokenizer_graph import check_tokenizer, tokenizer_graph, with_tokenizer
+from bertemd_deploy.tokenizer_inside import check_takes_texts, read_front, write_with_tokenizer
 
 __all__ = ["export", "export_fp32"]
 
-WITH_TOKENIZER = "onnx/model_with_tokenizer.onnx"
 _PROBLEM_TYPES = {
     "classification": "single_label_classification",
     "multilabel": "multi_label_classification",
@@ -108,13 +106,18 @@ def export(
 
     Raises:
         ModelError: the student folder is incomplete or does not fit `labels`.
-        RecipeError: there is no such target, or float16 is asked for on a CPU.
-        ExportError: a graph could not be exported, fused or quantized, or would not load on the target.
+        RecipeError: there is no such target, float16 is asked for on a CPU, or a tokenizer inside where none can be.
+        ExportError: a graph could not be exported, fused or quantized, would not load on the target, or int8 graphs for it
+            cannot be judged on this CPU.
         GateError: parity, accuracy or invariance missed; the graph is kept in `out` as `onnx/*.rejected.onnx`, all else
             as it was.
         ArtifactError: `out` holds something else, or cannot be written.
     """
     target = resolve(settings.target)
+    if quantization.mode in ("dynamic", "static"):
+        check_judge(target)
+    if settings.tokenizer_inside:
+        check_takes_texts(task["kind"])
     if (out / MANIFEST).exists() or holds_only_rejected(out):
         discard_rejected(out)
     claim_folder(out, marker=MANIFEST, force=force)
@@ -134,6 +137,7 @@ def export(
         write_tokenizer(student, folder, max_length=max_length)
         write_json(folder / "config.json", _model_config(student, kind=kind, **names))
         write_slices(folder / EVALUATION, {"evaluation": evaluation, "calibration": calibration})
+        front = read_front(build, evaluation, max_length=max_length) if settings.tokenizer_inside else None
         _write_fp32(build, model, settings=settings)
         reference = parity_reference(
             evaluation.examples,
@@ -155,8 +159,8 @@ def export(
         elif quantization.mode == "float16":
             _write_half(build, reference, metrics=metrics, part=evaluation, pad_id=pad_id, limits=quantization)
         _judge_invariance(build, reference.kind, part=evaluation, pad_id=pad_id, limits=quantization)
-        if settings.tokenizer_inside:
-            _write_with_tokenizer(build, reference.kind, part=evaluation, max_length=max_length)
+        if front is not None:
+            write_with_tokenizer(build, front)
         manifest = describe(
             build,
             model,
@@ -232,8 +236,13 @@ def _write_fp32(build: Build, model: nn.Module, *, settings: ExportSettings) -> 
         set_metadata(build.graphs[graph], build.metadata)
         save(build.graphs[graph], build.path(graph))
         build.shapes = check_shapes(build.path(graph), model=model, name=build.path(graph).name)
-        if (graph == "fused") == (build.target.graph == "fused"):
-            check_graph(build.target, build.graphs[graph], name=build.path(graph).name)
+        _check_loads(build, graph)
+
+
+def _check_loads(build: Build, graph: str) -> None:
+    """Hold a graph against the target's runtime, if it is of the form that is the one to use there."""
+    if graph.startswith("fused") == (build.target.graph == "fused"):
+        check_graph(build.target, build.graphs[graph], name=build.path(graph).name)
 
 
 def _judge_fp32(build: Build, reference: Reference) -> None:
@@ -302,6 +311,7 @@ def _write_int8(
         build.chosen[graph] = search.run(path, out=build.out)
         build.trials += search.trials
         build.graphs[graph] = onnx.load_model(path)
+        _check_loads(build, graph)
         build.parity[graph] = measure_parity(path, reference).record()
         _score(build, graph, metrics, part=evaluation, pad_id=pad_id)
 
@@ -318,6 +328,7 @@ def _write_half(
     graph, path = "fp16", build.path("fp16")
     build.graphs[graph] = to_half(build.graphs["fp32"], device="cpu", force=limits.float16_on_cpu)
     save(build.graphs[graph], path)
+    _check_loads(build, graph)
     build.parity[graph] = measure_parity(path, reference).record()
     _score(build, graph, metrics, part=part, pad_id=pad_id)
     before, after = build.gate_reference(metrics[0]), build.metrics[graph][metrics[0]]
@@ -351,30 +362,6 @@ def _measure_invariance(
         kind=kind,
         max_length=int(build.metadata["max_length"]),
         bound=bound,
-    )
-
-
-def _write_with_tokenizer(build: Build, kind: Kind, *, part: DataSlice, max_length: int) -> None:
-    """Write the smallest portable graph behind its tokenizer, checked on the evaluation slice's texts."""
-    if kind not in ("classification", "regression", "multilabel"):
-        raise RecipeError(
-            f"export.tokenizer_inside: what {kind} says belongs to tokens, which a graph that takes texts does not hand out. "
-            "Set it to false."
-        )
-    source = build.graphs.get("int8", build.graphs["fp32"])
-    texts, pairs = decoded(Tokenizer.from_file(str(build.folder / "tokenizer.json")), part.examples)
-    front = tokenizer_graph(
-        build.folder,
-        max_length=max_length,
-        pairs=pairs is not None,
-        opset=build.opset,
-        ir_version=source.ir_version,
-    )
-    check_tokenizer(front, texts, pairs, tokenizer=build.folder, max_length=max_length)
-    joined = with_tokenizer(source, front)
-    onnx.save_model(joined, build.folder / WITH_TOKENIZER)
-    note(
-        f"{WITH_TOKENIZER}: the same tokens as the tokenizer on all of {len(texts):,} dev texts, as read back from their tokens"
     )
 
 

@@ -17,6 +17,7 @@ from bertemd_deploy.splits import QuestionSplit, Split
 
 FACTS = "bertemd_student.json"
 SLICES = "eval.npz"
+RANGES = "quantization_ranges.json"  # what int8-aware epochs have learnt; not every student has them
 CALIBRATION_ROWS = 256
 
 

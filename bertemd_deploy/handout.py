@@ -188,12 +188,19 @@ Outputs: {labels}. Inputs of up to {manifest["max_length"]} tokens.
 {table}
 
 Metrics are those of the evaluation slice that the artifact carries (`eval.npz`); all numbers are in `bertemd.json`.
-`model.onnx` and `model_quantized.onnx` use standard ONNX operators only; the `fused` graphs need ONNX Runtime.
+{_operators(graphs)}
 
 ```
 bertemd predict . {example}
 ```
 {_SPLITTING if kind == "token-classification" else ""}"""
+
+
+def _operators(graphs: Mapping[str, Path]) -> str:
+    """Return a sentence on which of these graphs run where."""
+    standard = [f"`{Path(GRAPHS[name]).name}`" for name in graphs if not name.startswith("fused")]
+    verb = "use" if len(standard) > 1 else "uses"
+    return f"{' and '.join(standard)} {verb} standard ONNX operators only; the `fused` graphs need ONNX Runtime."
 
 
 def _number(value: float | None, form: str) -> str:

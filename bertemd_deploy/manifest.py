@@ -25,6 +25,8 @@ from bertemd_deploy.settings import ExportSettings, QuantizeSettings
 from bertemd_deploy.sizes import component_sizes, stored_twice
 from bertemd_deploy.targets import Target, requirements
 
+WITH_TOKENIZER = "onnx/model_with_tokenizer.onnx"
+EXTENSIONS = "onnxruntime_extensions"
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
 
 
@@ -47,6 +49,7 @@ class Build:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     chosen: dict[str, Trial] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
+    with_tokenizer: tuple[str, onnx.ModelProto] | None = None  # the graph that takes texts, and which one it is behind
 
     def path(self, graph: str) -> Path:
         """Return where a graph is being written."""
@@ -111,7 +114,11 @@ def _requires(build: Build) -> dict[str, Any]:
     weights = {graph: trial.weights for graph, trial in build.chosen.items()}
     harmless = [graph for graph, trial in build.chosen.items() if trial.saturating_metric is not None]
     releases = {graph: oldest_onnxruntime(model) for graph, model in build.graphs.items()}
-    return requirements(build.target, weights=weights, harmless=harmless) | {"onnxruntime": releases}
+    found = requirements(build.target, weights=weights, harmless=harmless) | {"onnxruntime": releases}
+    if build.with_tokenizer is not None:
+        graph, _ = build.with_tokenizer
+        found["with_tokenizer"] = {"graph": graph, EXTENSIONS: versions([EXTENSIONS])[EXTENSIONS]}
+    return found
 
 
 def _quantization(build: Build, settings: QuantizeSettings) -> dict[str, Any]:
@@ -141,23 +148,27 @@ def describe_files(build: Build) -> dict[str, Any]:
         ExportError: a graph holds a constant twice.
     """
     names = {GRAPHS[name]: name for name in build.graphs}
+    graphs = {GRAPHS[name]: graph for name, graph in build.graphs.items()}
+    if build.with_tokenizer is not None:
+        graphs[WITH_TOKENIZER] = build.with_tokenizer[1]
     entries: dict[str, Any] = {}
     for path in sorted(path for path in build.folder.rglob("*") if path.is_file()):
         name = path.relative_to(build.folder).as_posix()
         entries[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        if name in names:
-            graph = build.graphs[names[name]]
-            if twice := stored_twice(graph):
-                raise ExportError(
-                    f"{name}: {' and '.join(twice[0])} are stored twice. Set export.exporter to the other one."
-                )
+        if name in graphs:
+            graph = graphs[name]
             entries[name] |= {
                 "opset": build.opset,
                 "ir_version": graph.ir_version,
                 "operators": histogram(graph),
-                "fused": build.fused if names[name].startswith("fused") else None,
-                "components": component_sizes(path),
+                "fused": build.fused if names.get(name, "").startswith("fused") else None,
             }
+        if name in names:
+            if twice := stored_twice(graph):
+                raise ExportError(
+                    f"{name}: {' and '.join(twice[0])} are stored twice. Set export.exporter to the other one."
+                )
+            entries[name]["components"] = component_sizes(path)
     return entries
 
 

@@ -31,7 +31,7 @@ from bertemd_deploy.files import (
     write_text,
 )
 from bertemd_deploy.launch import stands_for_several
-from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, finetune_inputs, is_same
+from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, export_inputs, finetune_inputs, is_same
 from bertemd_deploy.stages import Work, distill_stage, export_record, export_stage, finetune_stage, load_recipe_data
 
 STATE = "state.json"
@@ -281,12 +281,7 @@ class _Run:
 
         recipe, out = self.recipe, self.out
         artifact = out / "artifact"
-        inputs: dict[str, Any] = {
-            "weights": sha256_file(student / WEIGHTS),
-            "facts": sha256_file(student / "bertemd_student.json"),
-            "export": asdict(recipe.export),
-            "quantize": asdict(recipe.quantize),
-        }
+        inputs = export_inputs(recipe, student)
 
         def make_artifact() -> dict[str, Any]:
             export_stage(recipe, student, artifact, own_data=True, force=True)

@@ -202,9 +202,11 @@ def answered(
     texts, none = tuple(contexts), ((),) * len(contexts)
     gold = Answers(example, spans, texts, none, ("",) * len(texts))
     owner = np.repeat(example, examples.lengths)
+    tokens = np.argsort(owner, kind="stable")  # those of one context side by side
+    ends = np.searchsorted(owner[tokens], np.arange(len(texts)), side="right")
     answers = best_answers(logits, offsets=examples.offsets, gold=gold, null=no_answer)
     for number, found in enumerate(answers):
-        both = logits[owner == number].astype(np.float64)
+        both = logits[tokens[ends[number - 1] if number else 0 : ends[number]]].astype(np.float64)
         total = float(np.logaddexp.reduce(both, axis=0).sum())
         if found.start < 0:
             yield Prediction(None, float(np.exp(found.null_score - total)), {})

@@ -14,12 +14,23 @@ from typing import Any
 
 from bertemd_deploy.checkpoints import WEIGHTS, find_model
 from bertemd_deploy.config import Recipe
+from bertemd_deploy.facts import FACTS, RANGES
 from bertemd_deploy.files import sha256_file, sha256_json
-from bertemd_deploy.settings import DistillSettings, Precision, StudentSettings, TeacherSettings
+from bertemd_deploy.settings import (
+    DistillSettings,
+    ExportSettings,
+    Precision,
+    QuantizeSettings,
+    StudentSettings,
+    TeacherSettings,
+)
+from bertemd_deploy.targets import resolve
 
 _MEMORY = ("micro_batch_size", "teacher_cache_bytes")  # the same result up to rounding and dropout's draws
 _AUGMENTATION = ("augmentation", "augmentation_copies", "augmentation_rate")
 _QUANT_AWARE = ("quant_aware", "quant_aware_epochs")
+_LATER_EXPORT = ("target", "vocabulary", "tokenizer_inside")
+_LATER_QUANTIZE = ("max_changed", "embedding_bits", "float16_on_cpu")
 _LATER = ("model_files", "initial_weights")  # inputs that earlier versions did not record
 
 
@@ -73,6 +84,29 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
     return inputs
 
 
+def export_inputs(recipe: Recipe, student: Path) -> dict[str, Any]:
+    """Return everything an artifact depends on.
+
+    Args:
+        recipe: its sections export and quantize are used.
+        student: its folder.
+
+    Raises:
+        RecipeError: there is no such target.
+    """
+    settings = replace(recipe.export, target=resolve(recipe.export.target).name)
+    inputs = {
+        "weights": sha256_file(student / WEIGHTS),
+        "facts": sha256_file(student / FACTS),
+        "model_files": _model_files(student),
+        "export": _unless_default(settings, _LATER_EXPORT),
+        "quantize": _unless_default(recipe.quantize, _LATER_QUANTIZE),
+    }
+    if (student / RANGES).is_file():
+        inputs["ranges"] = sha256_file(student / RANGES)
+    return inputs
+
+
 def language_model(recipe: Recipe) -> Path | None:
     """Return the checkpoint whose masked-LM head augments: the recipe's, which may be the encoder before fine-tuning."""
     return find_model(recipe.teacher.model) if recipe.distill.augmentation == "mlm" else None
@@ -95,6 +129,13 @@ def changed_inputs(before: Any, after: Mapping[str, Any], prefix: str = "") -> s
         nested = isinstance(new, dict) and isinstance(old, dict)
         names.append(changed_inputs(old, dict(new or {}), f"{prefix}{key}.") if nested else f"{prefix}{key}")
     return ", ".join(names)
+
+
+def _unless_default(settings: ExportSettings | QuantizeSettings, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return settings without those of `names` that are as if they had never been added."""
+    plain = asdict(type(settings)())
+    found = asdict(settings)
+    return {key: value for key, value in found.items() if key not in names or value != plain[key]}
 
 
 def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertemd_deploy.checkpoints import find_model
+from bertemd_deploy.artifact import MANIFEST
+from bertemd_deploy.checkpoints import WEIGHTS, find_model
 from bertemd_deploy.config import Recipe
 from bertemd_deploy.data import Dataset, load_data
 from bertemd_deploy.errors import ModelError, RecipeError
+from bertemd_deploy.files import read_json
 from bertemd_deploy.settings import DataSettings
 from bertemd_deploy.stage_inputs import language_model
 
@@ -103,13 +105,14 @@ def export_stage(
         force: write into a folder that holds something else.
 
     Raises:
-        ModelError: the folder carries no slices and no data is given.
+        ModelError: `student` is exported or quantized already, or carries no slices and no data is given.
         RecipeError: the vocabulary is to be trimmed, and there are no texts to trim it by.
         GateError: parity, accuracy or invariance was missed.
     """
     from bertemd_deploy.export import export
     from bertemd_deploy.facts import FACTS, facts_from_data, read_student
 
+    _check_student(student)
     if student.resolve() in (out.resolve(), *out.resolve().parents) or out.resolve() in student.resolve().parents:
         raise RecipeError(f"--out {out}: the artifact would lie with the student's own files. Choose another folder.")
     trims = recipe.export.vocabulary is not None
@@ -161,6 +164,33 @@ def export_stage(
             force=force,
         )
     return artifact.folder
+
+
+def _check_student(student: Path) -> None:
+    """Refuse what is exported or quantized already, by name; other faults show where the folder is read.
+
+    Raises:
+        ModelError: an ONNX file, a folder of such files, an artifact, or a checkpoint whose weights are quantized.
+    """
+    wanted = "Name the student's folder (Hugging Face, safetensors), as `bertemd distill` writes it."
+    if student.suffix == ".onnx":
+        raise ModelError(f"{student}: an ONNX graph, which is exported already. {wanted}")
+    if (student / MANIFEST).is_file():
+        raise ModelError(f"{student}: an artifact, which is exported already. {wanted}")
+    if not student.is_dir():
+        return
+    if not (student / WEIGHTS).exists() and (graphs := sorted(student.rglob("*.onnx"))):
+        raise ModelError(
+            f"{student}: holds {graphs[0].relative_to(student)}, which is exported already, and no {WEIGHTS}. {wanted}"
+        )
+    if (student / "config.json").is_file():
+        method = read_json(student / "config.json", what="student's configuration").get("quantization_config")
+        if method is not None:
+            name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
+            raise ModelError(
+                f"{student / 'config.json'}: its weights are quantized already ({name}); int8 is made here from weights of "
+                "full precision. Name the student as it was before."
+            )
 
 
 def export_record(artifact: Any) -> dict[str, Any]:

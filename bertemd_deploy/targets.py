@@ -199,6 +199,20 @@ def check_graph(target: Target, model: Any, *, name: str) -> None:
         raise ExportError(f"{name} would not run on {target.name}: {'; '.join(faults)}.")
 
 
+def check_judge(target: Target) -> None:
+    """Refuse to judge int8 graphs on a CPU that computes them otherwise than all that they are made for.
+
+    Raises:
+        ExportError: sums of int8 products are clipped on this CPU and on none of the target's.
+    """
+    if not target.saturates and products_saturate():
+        raise ExportError(
+            f"int8 graphs for {target.name} cannot be judged here: this CPU adds two int8 products in 16 bits and clips them "
+            f"where they do not fit, which {target.name} does not, so that the accuracy measured would be another. Export with "
+            f"--target portable, or on a CPU with one of {', '.join(EXACT_INT8)}."
+        )
+
+
 def requirements(target: Target, *, weights: Mapping[str, Weights], harmless: Collection[str] = ()) -> dict[str, Any]:
     """Return a manifest's `requires`.
 

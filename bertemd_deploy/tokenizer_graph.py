@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, compose, helper, numpy_helper
 from tokenizers import Tokenizer
 
 from bertemd_deploy.encoding import TextEncoder
-from bertemd_deploy.errors import ExportError, missing_extra
+from bertemd_deploy.errors import ExportError
+from bertemd_deploy.onnx_edit import IR_VERSIONS
 from bertemd_deploy.runtime import INPUT_NAMES
 from bertemd_deploy.tokenizer_tables import (
     MARK,
@@ -64,9 +64,7 @@ def with_tokenizer(model: onnx.ModelProto, front: onnx.ModelProto) -> onnx.Model
     return joined
 
 
-def tokenizer_graph(
-    tokenizer: Path, *, max_length: int, pairs: bool, opset: int = 17, ir_version: int = 8
-) -> onnx.ModelProto:
+def tokenizer_graph(tokenizer: Path, *, max_length: int, pairs: bool, opset: int = 17) -> onnx.ModelProto:
     """Return the tokenizer alone; its outputs, (batch, sequence) int64, are called as the model's inputs behind "text/".
 
     Args:
@@ -74,7 +72,6 @@ def tokenizer_graph(
         max_length: longest output in tokens.
         pairs: take two texts a row.
         opset: operator set.
-        ir_version: file format.
 
     Raises:
         ModelError: the tokenizer is missing or damaged.
@@ -114,70 +111,8 @@ def tokenizer_graph(
             graph.constants,
         ),
         opset_imports=[helper.make_opsetid(domain, version) for domain, version in domains.items()],
-        ir_version=ir_version,
+        ir_version=IR_VERSIONS[opset],
     )
-
-
-def check_tokenizer(
-    front: onnx.ModelProto,
-    texts: Sequence[str],
-    pairs: Sequence[str] | None = None,
-    *,
-    tokenizer: Path,
-    max_length: int,
-) -> None:
-    """Run a tokenizer's graph on texts beside the tokenizer itself.
-
-    Args:
-        front: from `tokenizer_graph`.
-        texts: what to tokenise, all of it in one batch and the first alone.
-        pairs: second texts, where the graph takes two a row.
-        tokenizer: folder with `tokenizer.json`.
-        max_length: longest output in tokens, as the graph was made with.
-
-    Raises:
-        BertemdError: onnxruntime-extensions is not installed.
-        ExportError: the graph gives other ids, segments or masks.
-    """
-    session = open_text_session(front.SerializeToString())
-    encoder = TextEncoder.load(tokenizer, max_length=max_length)
-    for count in (len(texts), 1):
-        columns = [list(texts[:count]), *([list(pairs[:count])] if pairs is not None else [])]
-        feeds = {name: np.array(column, dtype=object) for name, column in zip(TEXT_INPUTS, columns, strict=False)}
-        results = session.run([f"text/{name}" for name in INPUT_NAMES], feeds)
-        expected = encoder.encode(*columns).batch(range(count), pad_id=encoder.pad_id)
-        for row, text in enumerate(columns[0]):
-            found = [result[row] for result in results]
-            wanted = [expected[name][row] for name in INPUT_NAMES]
-            if not all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True)):
-                raise ExportError(
-                    f"{tokenizer / 'tokenizer.json'}: inside a graph it reads {text[:80]!r} as "
-                    f"{_ids(found)}, by itself as {_ids(wanted)}. Leave the tokenizer out of the graph."
-                )
-
-
-def _ids(row: Sequence[NDArray[np.int64]]) -> list[int]:
-    """Return the first few ids of one row of ids, mask and segments."""
-    shown: list[int] = row[0][row[1].astype(bool)][:12].tolist()
-    return shown
-
-
-def open_text_session(model: str | bytes) -> Any:
-    """Open a graph that takes text, from its path or its bytes.
-
-    Raises:
-        BertemdError: onnxruntime-extensions is not installed.
-    """
-    import onnxruntime
-
-    try:
-        from onnxruntime_extensions import get_library_path
-    except ImportError as error:
-        raise missing_extra("tokenizer-graph", package="onnxruntime-extensions") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.register_custom_ops_library(get_library_path())
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @functools.lru_cache(maxsize=1)  # seconds; the graphs of one artifact share it

@@ -32,10 +32,9 @@ from bertemd_deploy.data import Dataset, calibration_rows
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import GateError, ModelError, RecipeError
 from bertemd_deploy.evaluate import dev_metrics, torch_logits
-from bertemd_deploy.facts import CALIBRATION_ROWS, StudentFacts
+from bertemd_deploy.facts import CALIBRATION_ROWS, RANGES, StudentFacts
 from bertemd_deploy.files import new_folder, read_json, write_json, write_text
 from bertemd_deploy.models import TOKENIZER_FILES, load_classifier
-from bertemd_deploy.quantization.aware import RANGES
 from bertemd_deploy.tokenizer_subset import (
     is_placeholder,
     needed_tokens,

@@ -222,6 +222,22 @@ def test_slices_of_an_older_version_name_no_kind(tmp_path: Path, kind):
     assert read_slices(tmp_path / "old.npz")["evaluation"].kind == kind
 
 
+@pytest.mark.parametrize(
+    ("releases", "message"),
+    [
+        ([], r"requires\.onnxruntime should name a release for graph 'fp32', found \[\]\. Export again"),
+        ({"int8": "1.12"}, r"should name a release for graph 'fp32', found \{'int8': '1\.12'\}"),
+        ({"fp32": 1.12}, r"should name a release for graph 'fp32', found \{'fp32': 1\.12\}"),
+        ({"fp32": "new"}, r"requires\.onnxruntime: 'new' is not a version such as 1\.21\.0\. Export again"),
+        ({"fp32": "9.0"}, r"graph 'fp32': it needs ONNX Runtime 9\.0 or newer; "),
+    ],
+)
+def test_releases_that_a_graph_cannot_be_held_against(folder: Path, releases: Any, message: str):
+    write_manifest(folder, requires={"onnxruntime": releases})
+    with pytest.raises(ArtifactError, match=message):
+        Artifact.load(folder).graph("fp32")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_select_takes_rows_in_the_given_order(kind):
     turned = KINDS[kind].select([1, 0])

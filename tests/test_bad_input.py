@@ -143,6 +143,40 @@ def test_a_teacher_that_cannot_be_used(tiny_task: Task, tmp_path: Path, kind: st
     assert str(teacher) in told
 
 
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("graph", "student.onnx: an ONNX graph, which is exported already. Name the student's folder"),
+        ("folder of graphs", "holds onnx/model.onnx, which is exported already, and no model.safetensors."),
+        ("artifact", "an artifact, which is exported already. Name the student's folder"),
+        (
+            "quantized",
+            "config.json: its weights are quantized already (bitsandbytes); int8 is made here from weights of full",
+        ),
+    ],
+)
+def test_a_student_that_is_exported_or_quantized_already(
+    tiny_bert: Make, tiny_artifact: Make, tmp_path: Path, kind: str, part: str
+) -> None:
+    student = tmp_path / "student.onnx" if kind == "graph" else tmp_path / "given"
+    if kind == "artifact":
+        student = tiny_artifact()
+    elif kind == "quantized":
+        student = tiny_bert("student")
+        config = json.loads((student / "config.json").read_text())
+        method = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        (student / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+    elif kind == "folder of graphs":
+        (student / "onnx").mkdir(parents=True)
+        (student / "onnx/model.onnx").write_bytes(b"")
+    else:
+        student.write_bytes(b"")
+    told = refused(call("export", student, "--out", tmp_path / "out"))
+    assert told.startswith(f"error: {student}")
+    assert part in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_student_checkpoint_with_another_tokenizer(tiny_task: Task, tiny_bert: Make, tmp_path: Path) -> None:
     teacher, data = tiny_task()
     small = tiny_bert("small", layers=2, head=False)

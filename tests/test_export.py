@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from bertemd_deploy import bert_graph
+from bertemd_deploy import bert_graph, targets
 from bertemd_deploy import export as module
 from bertemd_deploy.artifact import GRAPHS, Artifact
 from bertemd_deploy.bench import environment
@@ -24,11 +25,12 @@ from bertemd_deploy.bert_graph import check_shapes, load_model, portable_graph
 from bertemd_deploy.classifier import Classifier
 from bertemd_deploy.errors import ArtifactError, ExportError, GateError, ModelError, RecipeError
 from bertemd_deploy.export import export, export_fp32
+from bertemd_deploy.manifest import WITH_TOKENIZER
 from bertemd_deploy.onnx_edit import IR_VERSIONS, histogram, save
 from bertemd_deploy.runtime import INPUT_NAMES, open_session, predict_logits
 from bertemd_deploy.settings import ExportSettings, QuantizeSettings
 from bertemd_deploy.tasks import Kind
-from bertemd_deploy.tokenizer_graph import open_text_session
+from bertemd_deploy.tokenizer_inside import open_text_session
 
 WRITTEN = {graph: path for graph, path in GRAPHS.items() if graph != "fp16"}
 TASK = {"name": "mrpc", "kind": "classification", "metrics": ["f1", "accuracy"]}
@@ -505,11 +507,41 @@ def test_a_graph_that_takes_texts(tmp_path: Path) -> None:
     tokenizer.save(str(student / "tokenizer.json"))
     settings, limits = ExportSettings(tokenizer_inside=True), QuantizeSettings(mode="none")
     made = export(**arguments(student, tmp_path / "artifact", settings=settings, quantization=limits))
-    session = open_text_session(str(made.file(module.WITH_TOKENIZER)))
+    session = open_text_session(str(made.file(WITH_TOKENIZER)))
     texts, pairs = ["word1 word2", "word3"], ["word4", "word5 word6 word7"]
     feeds = {"text": np.array(texts, dtype=object), "text_pair": np.array(pairs, dtype=object)}
     (found,) = session.run(["logits"], feeds)
     np.testing.assert_allclose(found, Classifier.load(made.folder, graph="fp32").logits(texts, pairs), atol=1e-5)
+    described = made.manifest["files"][WITH_TOKENIZER]
+    assert (described["opset"], described["ir_version"]) == (17, 8)
+    assert described["operators"]["ai.onnx.contrib.StringRegexReplace"] > 0
+    needed = {"graph": "fp32", "onnxruntime_extensions": metadata.version("onnxruntime_extensions")}
+    assert made.manifest["requires"]["with_tokenizer"] == needed
+
+
+def test_a_tokenizer_that_cannot_be_inside_is_found_first(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "portable_graph", None)  # what takes minutes
+    with pytest.raises(ExportError, match="a graph with the tokenizer inside cannot do that"):
+        export(**arguments(student, tmp_path / "artifact", settings=ExportSettings(tokenizer_inside=True)))
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_cpu_that_clips_does_not_judge_for_those_that_do_not(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "products_saturate", lambda: True)
+    settings = ExportSettings(target="x86-avx512-vnni")
+    with pytest.raises(
+        ExportError, match="int8 graphs for x86-avx512-vnni cannot be judged here: this CPU adds two int8"
+    ):
+        export(**arguments(student, tmp_path / "artifact", settings=settings))
+    assert not (tmp_path / "artifact").exists()
+    made = export(
+        **arguments(student, tmp_path / "artifact", settings=settings, quantization=QuantizeSettings(mode="none"))
+    )
+    assert made.graphs() == ["fp32", "fused"]
 
 
 def test_a_graph_that_takes_texts_is_for_decisions_on_the_whole(tmp_path: Path) -> None:

@@ -64,6 +64,26 @@ def test_the_model_card_says_how_the_model_is_called(task: dict[str, object], co
     assert ("split into words at blanks" in card) == (task["kind"] == "token-classification")
 
 
+@pytest.mark.parametrize(
+    ("graphs", "told"),
+    [
+        (("fp32", "fused"), "`model.onnx` uses standard ONNX operators only; the `fused` graphs"),
+        (("fp32", "int8", "fused"), "`model.onnx` and `model_quantized.onnx` use standard ONNX operators only"),
+    ],
+)
+def test_the_model_card_names_the_graphs_there_are(tmp_path: Path, graphs: tuple[str, ...], told: str) -> None:
+    manifest = {
+        "task": {"name": "mine", "metrics": ["accuracy"], "kind": "classification"},
+        "labels": ["a", "b"],
+        "max_length": 8,
+        "student": {"layers": 2, "hidden": 4, "heads": 1, "parameters": 10},
+        "teacher": None,
+        "metrics": {},
+        "parity": {"graphs": {}},
+    }
+    assert told in model_card(manifest, graphs=dict.fromkeys(graphs, tmp_path))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_the_teacher_s_ids_beside_a_bert(family: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer

@@ -14,8 +14,10 @@ import pytest
 from bertemd_deploy.checkpoints import WEIGHTS
 from bertemd_deploy.config import Recipe, build_recipe
 from bertemd_deploy.errors import ModelError
+from bertemd_deploy.facts import FACTS, RANGES
 from bertemd_deploy.files import sha256_file, sha256_json
-from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, finetune_inputs, is_same
+from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, export_inputs, finetune_inputs, is_same
+from bertemd_deploy.targets import resolve
 
 SHARED = {"data": "abc", "max_length": 32}
 SIZES = {"layers": 2, "hidden": 16, "heads": 2, "intermediate": 32}
@@ -44,7 +46,7 @@ def recipe(model: Path, **changes: dict[str, Any]) -> Recipe:
         "distill": {"precision": "float32"},
     }
     for section, body in changes.items():
-        content[section] = content[section] | body
+        content[section] = content.get(section, {}) | body
     return build_recipe(content, where="test")
 
 
@@ -105,6 +107,33 @@ def test_augmentation_is_an_input_with_its_settings_and_language_model(teacher: 
     assert len({sha256_json(each) for each in found}) == 4
     assert found[3]["language_model"] == sha256_file(teacher / WEIGHTS)
     assert not is_same(sha256_json(found[0]), found[1])
+
+
+def test_what_an_artifact_depends_on(teacher: Path) -> None:
+    def inputs(**changes: dict[str, Any]) -> dict[str, Any]:
+        return export_inputs(recipe(teacher, **changes), teacher)
+
+    (teacher / FACTS).write_text("{}")
+    plain = inputs()
+    first = {
+        "weights": sha256_file(teacher / WEIGHTS),
+        "facts": sha256_file(teacher / FACTS),
+        "export": {"exporter": "torchscript", "opset": 17},
+        "quantize": {"mode": "dynamic", "max_drop": 1.0},
+    }
+    assert is_same(sha256_json(first), plain)
+    assert inputs(export={"target": "auto"}) == inputs(export={"target": resolve("auto").name})
+    others = [
+        inputs(export={"target": "arm64"}),
+        inputs(export={"vocabulary": 100}),
+        inputs(export={"tokenizer_inside": True}),
+        inputs(quantize={"embedding_bits": 4}),
+        inputs(quantize={"max_changed": 1.0}),
+    ]
+    (teacher / RANGES).write_text("{}")
+    others.append(inputs())
+    assert changed_inputs(plain, others[-1]) == "ranges"
+    assert len({sha256_json(each) for each in (plain, *others)}) == 7
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])

@@ -16,7 +16,8 @@ from tiny_words import VOCABULARY, write_tokenizer
 
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import BertemdError, ExportError
-from bertemd_deploy.tokenizer_graph import check_tokenizer, open_text_session, tokenizer_graph, with_tokenizer
+from bertemd_deploy.tokenizer_graph import tokenizer_graph, with_tokenizer
+from bertemd_deploy.tokenizer_inside import check_joined, check_tokenizer, open_text_session
 
 MAX_LENGTH = 16
 WORDS = (
@@ -118,6 +119,23 @@ def test_a_graph_that_reads_otherwise_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ExportError, match=message):
         check_tokenizer(front, ["good film", "Good film"], tokenizer=other, max_length=MAX_LENGTH)
+
+
+def test_a_whole_graph_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
+    extensions()
+    write_tokenizer(tmp_path)
+    given = {"tokenizer": tmp_path, "max_length": MAX_LENGTH}
+    joined = with_tokenizer(_model(), tokenizer_graph(tmp_path, max_length=MAX_LENGTH, pairs=True))
+    first, second = texts(20, seed=1), texts(20, seed=2)
+    onnx.save(_model(), tmp_path / "model.onnx")
+    check_joined(joined, first, second, model=tmp_path / "model.onnx", **given)
+    other = _model()
+    other.graph.initializer[0].CopyFrom(helper.make_tensor("axis", TensorProto.INT64, [1], [0]))
+    onnx.save(other, tmp_path / "other.onnx")
+    with pytest.raises(
+        ExportError, match=r"^other\.onnx behind its tokenizer differs from itself by .* on '.*' and what fol"
+    ):
+        check_joined(joined, first, second, model=tmp_path / "other.onnx", **given)
 
 
 def test_other_tokenizers_are_refused(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from bertemd_deploy.errors import ArtifactError, ExportError, ModelError, TrainingError
+from bertemd_deploy.facts import RANGES
 from bertemd_deploy.files import read_json, write_json
 from bertemd_deploy.models import output_layer
 from bertemd_deploy.onnx_edit import Editor
@@ -37,7 +38,6 @@ from bertemd_deploy.processes import Processes
 from bertemd_deploy.quantization.calibration import STEPS, Range
 from bertemd_deploy.quantization.dynamic import SMALLEST_TABLE, weight_of
 
-RANGES = "quantization_ranges.json"
 SCHEMA_VERSION = 1
 BUFFER = "quantization_ranges"  # of the student while it trains: (inputs, 2) float32, low and high
 KEPT = 0.99  # of a range at each step; the rest comes from the batch

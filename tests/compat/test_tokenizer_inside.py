@@ -10,7 +10,8 @@ from compat_cases import ARTIFACT, GIVEN, ODD_TEXTS, Case
 
 from bertemd_deploy.artifact import GRAPHS
 from bertemd_deploy.demo import demo_rows
-from bertemd_deploy.tokenizer_graph import check_tokenizer, open_text_session, tokenizer_graph, with_tokenizer
+from bertemd_deploy.tokenizer_graph import tokenizer_graph, with_tokenizer
+from bertemd_deploy.tokenizer_inside import check_tokenizer, open_text_session
 
 pytestmark = pytest.mark.compat
 NAMES = ("classification", "pairs", "regression", "multilabel", "mpnet-tokenizer", "opset-21-dynamo")
@@ -33,9 +34,7 @@ def test_texts_give_the_same_logits(name: str, graph: str, wanted: None, request
     model = onnx.load_model(artifact.folder / GRAPHS[graph])
     opset = next(entry.version for entry in model.opset_import if not entry.domain)
     paired = case.pairs is not None
-    front = tokenizer_graph(
-        artifact.folder, max_length=artifact.max_length, pairs=paired, opset=opset, ir_version=model.ir_version
-    )
+    front = tokenizer_graph(artifact.folder, max_length=artifact.max_length, pairs=paired, opset=opset)
     session = open_text_session(with_tokenizer(model, front).SerializeToString())
     expected = case.classifier(graph).logits(case.texts, case.pairs)
     for row, text in enumerate(case.texts):
