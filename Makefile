@@ -11,7 +11,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 COMPAT ?= .compat
 COMPAT_ONNXRUNTIME := 1.11.0 1.12.0 1.14.0 1.15.1 1.16.0 1.17.0 1.18.0 1.20.1 1.21.0
-COMPAT_NAMES := optimum openvino minimum node $(COMPAT_ONNXRUNTIME:%=onnxruntime-node-%)
+COMPAT_NAMES := optimum openvino minimum node triton python3.9 arm64 $(COMPAT_ONNXRUNTIME:%=onnxruntime-node-%)
+PYTHON39 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.9.*/bin/python3.9) python3.9)
 NPM_INSTALL := npm install --silent --no-audit --no-fund --ignore-scripts
 
 .PHONY: quickstart test compat lint bench clean
@@ -72,6 +73,17 @@ $(COMPAT)/onnxruntime-node-%/.installed:
 	mkdir -p $(@D)
 	cd $(@D) && echo '{"private": true}' > package.json && $(NPM_INSTALL) --save-exact onnxruntime-node@$*
 	touch $@
+
+# The oldest Python that a device may have, and one for 64-bit Arm; where they cannot be had, their tests are skipped.
+$(COMPAT)/python3.9/.installed: bertemd_deploy/remote/folder.py $(VENV)/.dev
+	rm -rf $(@D)
+	$(PYTHON39) -m venv $(@D) && $(BIN)/python -c 'from bertemd_deploy.remote.folder import requirements; print(requirements(None))' \
+		> $(@D)/requirements.txt && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement $(@D)/requirements.txt && touch $@ || { rm -rf $(@D); echo "no Python 3.9: $(PYTHON39)"; }
+
+$(COMPAT)/arm64/.installed: tests/compat/software/arm64.sh $(VENV)/.dev
+	rm -rf $(@D)
+	sh $< $(abspath $(@D)) "$(BIN)/python -m pip" && touch $@ || { rm -rf $(@D); echo "no Python for Arm"; }
 
 # An artifact of yours is asked about too: make compat BERTEMD_COMPAT_ARTIFACT=runs/my-task/artifact
 compat: $(VENV)/.compat $(COMPAT_NAMES:%=$(COMPAT)/%/.installed)

@@ -38,13 +38,13 @@ from bertemd_deploy import training  # noqa: E402
 from bertemd_deploy.artifact import DataSlice  # noqa: E402
 from bertemd_deploy.batching import Batch, Batching  # noqa: E402
 from bertemd_deploy.data import load_data, training_batches  # noqa: E402
-from bertemd_deploy.devices import keep_products_in_bfloat16, trains_in_bfloat16  # noqa: E402
 from bertemd_deploy.encoding import Encoded, TextEncoder  # noqa: E402
 from bertemd_deploy.kernels import quicken  # noqa: E402
 from bertemd_deploy.mapping import LayerMapping  # noqa: E402
 from bertemd_deploy.objective import Distiller, Objective  # noqa: E402
 from bertemd_deploy.processes import Processes  # noqa: E402
 from bertemd_deploy.settings import DistillSettings  # noqa: E402
+from bertemd_deploy.training_device import keep_products_in_bfloat16, trains_in_bfloat16  # noqa: E402
 
 BERT_BASE = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 SHAPES = {

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bertemd_deploy import __version__
+from bertemd_deploy import __version__, cli_devices
 from bertemd_deploy.cli_options import (
     Data,
     Force,
@@ -299,49 +299,8 @@ def export(
     show(record, as_json=json_, summary=[*lines, *sizes, str(folder)])
 
 
-@app.command()
-@stage
-def bench(
-    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
-    out: Out,
-    teacher: Annotated[str | None, typer.Option(help="Teacher to compare with: folder, hub id, or package:…")] = None,
-    set_: Set = None,
-    force: Force = False,
-    json_: Json = False,
-) -> None:
-    """Measure latency, memory and accuracy of an artifact against its teacher on this machine."""
-    from bertemd_deploy.bench.compare import bench as measure
-
-    given: dict[str, dict[str, Any]] = {
-        "teacher": {"model": str(teacher or artifact)},
-        "data": {"path": "demo"},
-        "student": {"name": "4L"},
-    }
-    settings = options_to_recipe(None, given, set_).bench
-    folder = None
-    if teacher is not None:
-        from bertemd_deploy.checkpoints import find_model
-
-        folder = find_model(teacher)
-    record = measure(artifact, teacher=folder, out=out, settings=settings, force=force)
-    show(record, as_json=json_, summary=[str(out / "record.json")])
-
-
-@app.command()
-@stage
-def report(
-    records: Annotated[
-        list[Path], typer.Argument(metavar="RECORD...", help="record.json files of one or more devices.")
-    ],
-    out: Out,
-    force: Force = False,
-    json_: Json = False,
-) -> None:
-    """Merge bench records into one page: HTML, Markdown and JSON."""
-    from bertemd_deploy.report import report as write
-
-    page = write(records, out=out, force=force)
-    show({"page": str(page)}, as_json=json_, summary=[str(page)])
+for _command in (cli_devices.bench, cli_devices.report, cli_devices.bundle, cli_devices.devices):
+    app.command()(_command)
 
 
 @app.command()

@@ -44,6 +44,7 @@ class Recipe:
     export: ExportSettings = field(default_factory=ExportSettings)
     quantize: QuantizeSettings = field(default_factory=QuantizeSettings)
     bench: BenchSettings = field(default_factory=BenchSettings)
+    budget: dict[str, Any] = field(default_factory=dict)  # as written; `budget.read_budget` reads it
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain dictionaries, lists and scalars."""
@@ -86,7 +87,12 @@ for _kind in (_Loader, _Dumper):
     )
 
 
-def _parse_yaml(text: str, *, where: str) -> Any:
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Return what a YAML text holds, without tags, a key given twice being an error.
+
+    Raises:
+        RecipeError: it is not valid YAML; `where` opens the message.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -109,7 +115,7 @@ def load_recipe(path: Path, *, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: there is no such recipe.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from error
-    content = _parse_yaml(text, where=str(path))
+    content = parse_yaml(text, where=str(path))
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -147,6 +153,8 @@ def build_recipe(content: typing.Mapping[str, Any], *, where: str, faults: typin
             found.append(f"unknown section {name!r}; known: {', '.join(known)}")
         elif body is not None and not isinstance(body, dict):
             found.append(f"{name} should be a mapping of keys, found {_describe(body)}")
+        elif name == "budget":
+            sections[name] = dict(body or {})
         else:
             sections[name] = _read_section(known[name], name, body or {}, found)
     recipe = Recipe(**sections)
@@ -174,12 +182,24 @@ def _apply_override(content: dict[str, Any], override: str, faults: list[str]) -
     if not isinstance(body, dict):
         return  # the section's own fault is reported when it is read
     try:
-        body[key] = _parse_yaml(raw, where=f"--set {name}")
+        body[key] = parse_yaml(raw, where=f"--set {name}")
     except RecipeError as error:
         faults.append(str(error))
 
 
 def _read_section(kind: type, name: str, body: dict[str, Any], faults: list[str]) -> Any:
+    return kind(**read_values(kind, name, body, faults))
+
+
+def read_values(kind: type, name: str, body: typing.Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """Return the fields of the dataclass `kind` that `body` gives, of their types and within their bounds.
+
+    Args:
+        kind: its annotations say what is allowed, its metadata the bounds (see `settings.bounded`).
+        name: of the section, for messages.
+        body: values by key.
+        faults: gains a line for every unknown key and every value that is not allowed.
+    """
     hints = typing.get_type_hints(kind)
     fields = {item.name: item for item in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
@@ -191,7 +211,7 @@ def _read_section(kind: type, name: str, body: dict[str, Any], faults: list[str]
             values[key] = _check_bounds(_convert(value, hints[key]), fields[key].metadata)
         except ValueError as error:
             faults.append(f"{name}.{key}: {error}")
-    return kind(**values)
+    return values
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -247,6 +267,27 @@ def _type_name(hint: Any) -> str:
     return names.get(hint, str(hint))
 
 
+def _device_faults(recipe: Recipe) -> list[str]:
+    """Return what is wrong with the devices that a recipe names and with its budget."""
+    asked = (recipe.bench.devices, recipe.bench.device_file, recipe.budget)
+    if asked == (BenchSettings.devices, BenchSettings.device_file, {}):
+        return []
+    from bertemd_deploy.bench.places import SSH, plan_places  # both read recipes' values themselves
+    from bertemd_deploy.budget import collect_budget
+    from bertemd_deploy.devices import load_devices
+
+    faults: list[str] = []
+    file = recipe.bench.device_file
+    try:
+        devices = load_devices(None if file is None else Path(file))
+        plan_places(recipe.bench.devices, devices)
+    except RecipeError as error:
+        return [f"bench.devices: {error}"]
+    addresses = [name for name in recipe.bench.devices if name.startswith(SSH)]
+    collect_budget(recipe.budget, where="budget", devices=[*devices, *addresses], faults=faults)
+    return faults
+
+
 def _combination_faults(recipe: Recipe) -> list[str]:
     faults = []
     if not recipe.teacher.model:
@@ -284,6 +325,7 @@ def _combination_faults(recipe: Recipe) -> list[str]:
     kind = TASKS[recipe.data.task].kind if recipe.data.task in TASKS else None
     if distill.augmentation != "none" and kind in ("token-classification", "question-answering"):
         faults.append(f"distill.augmentation: labels of {kind} belong to token positions; use augmentation: none")
+    faults += _device_faults(recipe)
     graphs = recipe.bench.graphs or ()
     unknown = [graph for graph in graphs if graph not in GRAPHS]
     if unknown:

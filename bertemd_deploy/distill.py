@@ -18,7 +18,6 @@ from bertemd_deploy.artifact import DataSlice, write_slices
 from bertemd_deploy.checkpoints import WEIGHTS, checked_encoder, label_order
 from bertemd_deploy.console import note, warn
 from bertemd_deploy.data import Dataset, calibration_rows
-from bertemd_deploy.devices import keep_products_in_bfloat16, training_device, trains_in_bfloat16
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.evaluate import check_teacher, dev_metrics, torch_logits
 from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES, task_facts
@@ -34,6 +33,7 @@ from bertemd_deploy.students import build_student, student_shape
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.teacher_cache import CachedTeacher, cache_key
 from bertemd_deploy.training import Schedule, fit
+from bertemd_deploy.training_device import keep_products_in_bfloat16, training_device, trains_in_bfloat16
 
 _MARGINAL_POINTS = 200
 

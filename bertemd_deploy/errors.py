@@ -53,8 +53,30 @@ class GateError(BertemdError):
     exit_code = 4
 
 
+class BudgetError(GateError):
+    """A student needs more, or keeps less, than its budget on a device allows, or is worse than its baseline (exit 4)."""
+
+
 class MeasurementError(BertemdError):
     """A measurement could not be taken, such as when a worker process died."""
+
+
+class NoisyError(MeasurementError):
+    """A measurement was disturbed where a quiet one was asked for; its record is written."""
+
+
+class MemoryLimitError(MeasurementError):
+    """A model does not fit into the memory it was given: a result for the one who asked, who may go on with others.
+
+    Attributes:
+        limit_bytes: what it was given.
+        peak_bytes: the most it is known to have had, in bytes; None where the system does not tell.
+    """
+
+    def __init__(self, message: str, *, limit_bytes: int, peak_bytes: int | None) -> None:
+        """Take the message and both amounts."""
+        super().__init__(message)
+        self.limit_bytes, self.peak_bytes = limit_bytes, peak_bytes
 
 
 def missing_extra(extra: str, *, package: str) -> BertemdError:

@@ -18,7 +18,6 @@ from bertemd_deploy.artifact import NOT_SCORED, DataSlice
 from bertemd_deploy.checkpoints import checked_encoder, label_order, missing_head, model_labels, no_head
 from bertemd_deploy.console import note, progress
 from bertemd_deploy.data import SPLITS, Dataset, find_task, load_data
-from bertemd_deploy.devices import is_out_of_memory
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import ModelError, TrainingError
 from bertemd_deploy.families import known_inputs
@@ -28,6 +27,7 @@ from bertemd_deploy.processes import Processes
 from bertemd_deploy.runtime import collect_logits
 from bertemd_deploy.settings import DataSettings
 from bertemd_deploy.tasks import Task
+from bertemd_deploy.training_device import is_out_of_memory
 
 _LEAST_GAIN = 10
 _SHOWN = 8

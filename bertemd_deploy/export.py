@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,8 +31,8 @@ from bertemd_deploy.bert_graph import (
 )
 from bertemd_deploy.console import note, progress
 from bertemd_deploy.encoding import TextEncoder
-from bertemd_deploy.errors import ArtifactError, BertemdError, ExportError, GateError
-from bertemd_deploy.files import claim_folder, new_folder, write_json, write_text
+from bertemd_deploy.errors import BertemdError, ExportError, GateError
+from bertemd_deploy.files import claim_folder, move_into, new_folder, write_json, write_text
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.gate import (
     Reference,
@@ -177,7 +176,7 @@ def export(
         manifest["files"] = describe_files(build)
         write_json(folder / MANIFEST, manifest)
     if foreign:
-        _move_into(out / ".bertemd-new", out)
+        move_into(out / ".bertemd-new", out, last=MANIFEST)
     return Artifact.load(out)
 
 
@@ -373,24 +372,6 @@ def _model_config(student: Path, *, kind: Kind, id2label: Mapping[int, str] | No
         return config
     names = {str(number): name for number, name in id2label.items()}
     return config | {"id2label": names, "label2id": {name: number for number, name in id2label.items()}}
-
-
-def _move_into(source: Path, out: Path) -> None:
-    """Move every file of a finished artifact into a folder that holds other things, the manifest last.
-
-    Raises:
-        ArtifactError: a file of the artifact cannot be placed, such as where a folder has its name.
-    """
-    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    try:
-        for name in files:
-            if (out / name).is_dir() or any(place.is_file() for place in (out / name).parents):
-                raise ArtifactError(f"{out / name}: something of this name is in the way. Choose another --out.")
-        for name in sorted(files, key=lambda path: path == Path(MANIFEST)):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).replace(out / name)
-    finally:
-        shutil.rmtree(source)
 
 
 def _holds_other_files(out: Path) -> bool:

@@ -43,6 +43,29 @@ def sha256_folder(folder: Path) -> str:
     return sha256_json([[name, sha256_file(folder / name)] for name in names])
 
 
+def move_into(source: Path, out: Path, *, last: str) -> None:
+    """Move every file of a finished folder into one that holds other things, and remove `source`.
+
+    Args:
+        source: on the same file system as `out`.
+        out: where its files go; a file of the same name is replaced.
+        last: the file that is moved last, and tells a reader that all are there.
+
+    Raises:
+        ArtifactError: a file cannot be placed, such as where a folder has its name; then none is moved.
+    """
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    try:
+        for name in files:
+            if (out / name).is_dir() or any(place.is_file() for place in (out / name).parents):
+                raise ArtifactError(f"{out / name}: something of this name is in the way. Choose another --out.")
+        for name in sorted(files, key=lambda path: path == Path(last)):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).replace(out / name)
+    finally:
+        shutil.rmtree(source)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

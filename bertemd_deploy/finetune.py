@@ -12,7 +12,6 @@ from torch import nn
 from bertemd_deploy.batching import Batch
 from bertemd_deploy.checkpoints import checked_encoder
 from bertemd_deploy.data import Dataset
-from bertemd_deploy.devices import matrix_precision, training_device, trains_in_bfloat16
 from bertemd_deploy.evaluate import dev_metrics
 from bertemd_deploy.families import known_inputs
 from bertemd_deploy.kernels import quicken
@@ -22,6 +21,7 @@ from bertemd_deploy.processes import join_processes
 from bertemd_deploy.settings import TeacherSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.training import Outcome, Schedule, fit
+from bertemd_deploy.training_device import matrix_precision, training_device, trains_in_bfloat16
 
 
 def finetune(

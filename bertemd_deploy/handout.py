@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bertemd_deploy.artifact import GRAPHS
-from bertemd_deploy.errors import ExportError
-from bertemd_deploy.files import read_json, write_json, write_text
+from bertemd_deploy.artifact import GRAPHS, MANIFEST, Artifact
+from bertemd_deploy.errors import ArtifactError, ExportError
+from bertemd_deploy.files import read_json, sha256_file, write_json, write_text
 
 SPECIAL_TOKENS = {
     "unk_token": ("[UNK]", "<unk>"),
@@ -25,6 +25,8 @@ SPECIAL_TOKENS = {
     "cls_token": ("[CLS]", "<s>"),
     "mask_token": ("[MASK]", "<mask>"),
 }
+CARD = "README.md"
+_MEASURED = ("<!-- measured: start -->", "<!-- measured: end -->")
 _ENDS = ("bos_token", "eos_token")  # kept where they are named, never guessed
 _MODELS = ("WordPiece", "BPE", "Unigram")
 _ANY_TOKENIZER = "PreTrainedTokenizerFast"  # transformers and transformers.js read tokenizer.json as it stands
@@ -194,6 +196,31 @@ Metrics are those of the evaluation slice that the artifact carries (`eval.npz`)
 bertemd predict . {example}
 ```
 {_SPLITTING if kind == "token-classification" else ""}"""
+
+
+def add_measured(folder: Path, table: str) -> None:
+    """Put what devices measured into an artifact's model card, in the place of what stood there before.
+
+    Args:
+        folder: the artifact.
+        table: Markdown, from `report.model_card_table`.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or cannot be written.
+    """
+    artifact = Artifact.load(folder)
+    path = folder / CARD
+    try:
+        card = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ArtifactError(f"{path}: the model card is missing or cannot be read. Export again.") from None
+    before, _, rest = card.partition(_MEASURED[0])
+    after = rest.partition(_MEASURED[1])[2] if rest else ""
+    card = f"{before.rstrip()}\n\n{_MEASURED[0]}\n## Measured\n\n{table}\n{_MEASURED[1]}\n{after.lstrip()}"
+    write_text(path, card)
+    entry = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    files = artifact.manifest["files"]
+    write_json(folder / MANIFEST, artifact.manifest | {"files": files | {CARD: files.get(CARD, {}) | entry}})
 
 
 def _operators(graphs: Mapping[str, Path]) -> str:

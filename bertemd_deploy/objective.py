@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from bertemd_deploy.batching import Batch, Part
 from bertemd_deploy.capture import LayerOutputs, LayerReader
-from bertemd_deploy.devices import matrix_precision
 from bertemd_deploy.emd import attention_cost, emd_loss, hidden_cost
 from bertemd_deploy.families import known_inputs
 from bertemd_deploy.losses import prediction_losses, total_loss
@@ -27,6 +26,7 @@ from bertemd_deploy.processes import Processes
 from bertemd_deploy.settings import DistillSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.training import Outcome
+from bertemd_deploy.training_device import matrix_precision
 
 if TYPE_CHECKING:
     from bertemd_deploy.quantization.aware import QuantAware

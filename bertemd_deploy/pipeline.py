@@ -10,7 +10,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,14 @@ from bertemd_deploy.files import (
     write_text,
 )
 from bertemd_deploy.launch import stands_for_several
-from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, export_inputs, finetune_inputs, is_same
+from bertemd_deploy.stage_inputs import (
+    bench_inputs,
+    changed_inputs,
+    distill_inputs,
+    export_inputs,
+    finetune_inputs,
+    is_same,
+)
 from bertemd_deploy.stages import Work, distill_stage, export_record, export_stage, finetune_stage, load_recipe_data
 
 STATE = "state.json"
@@ -276,8 +282,10 @@ class _Run:
 
     def _after_training(self, teacher: Path, student: Path, *, stop_after: str | None) -> dict[str, Any]:
         from bertemd_deploy.artifact import MANIFEST, Artifact
-        from bertemd_deploy.bench.compare import bench
-        from bertemd_deploy.report import report
+        from bertemd_deploy.bench.places import bench_places, judge_again
+        from bertemd_deploy.budget import enforce_records, read_budget
+        from bertemd_deploy.handout import CARD, add_measured
+        from bertemd_deploy.report import enforce, model_card_table, report
 
         recipe, out = self.recipe, self.out
         artifact = out / "artifact"
@@ -291,24 +299,31 @@ class _Run:
         records["artifact"] = str(artifact)
         if stop_after == "export":
             return records
+        files = Artifact.load(artifact).manifest["files"]
         place = out / "report"
         inputs = {
-            "manifest": sha256_file(artifact / MANIFEST),
+            "artifact": {name: entry["sha256"] for name, entry in files.items() if name != CARD},
             "teacher": sha256_file(teacher / WEIGHTS),
-            "bench": asdict(recipe.bench),
+            "bench": bench_inputs(recipe),
         }
 
         def measure() -> dict[str, Any]:
-            record = bench(artifact, teacher=teacher, out=out / "bench", settings=recipe.bench, force=True)
-            return {"record": "bench/record.json", "measurements": len(record["measurements"])}
+            found = bench_places(artifact, teacher=teacher, out=out / "bench", settings=recipe.bench, force=True)
+            return {"record": "bench/record.json", "records": [path.relative_to(out).as_posix() for path in found]}
 
         records["bench"] = self._stage("bench", inputs, out / "bench" / "record.json", measure)
+        measured = [out / name for name in records["bench"].get("records", ["bench/record.json"])]
+        judge_again(measured, budgets=read_budget(recipe.budget), settings=recipe.bench)
         if stop_after == "bench":
+            enforce_records([read_json(path, what="bench record") for path in measured])
             return records
-        inputs = {"record": sha256_file(out / "bench" / "record.json"), "version": __version__}
+        inputs = {"records": [sha256_file(path) for path in measured], "version": __version__}
 
         def write_report() -> dict[str, Any]:
-            return {"page": str(report([out / "bench" / "record.json"], out=place, force=True).relative_to(out))}
+            page = report(measured, out=place, force=True)
+            add_measured(artifact, model_card_table([read_json(path, what="bench record") for path in measured]))
+            return {"page": str(page.relative_to(out))}
 
         records["report"] = self._stage("report", inputs, place / "index.html", write_report)
+        enforce(place)
         return records | {"page": str(place / "index.html")}

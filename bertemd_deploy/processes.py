@@ -21,8 +21,8 @@ import torch.distributed.nn.functional  # imported later, its default arguments 
 from torch import Tensor
 
 from bertemd_deploy.console import silence
-from bertemd_deploy.devices import training_device
 from bertemd_deploy.errors import RecipeError, TrainingError
+from bertemd_deploy.training_device import training_device
 
 # The others' longest silence: a process that dies is noticed at once, one that hangs or loses its network after this.
 _PATIENCE = datetime.timedelta(minutes=10)

@@ -69,17 +69,24 @@ def cpu_limits() -> CpuLimits:
     return CpuLimits(affinity, cgroup_cpu_quota(), psutil.cpu_count(logical=False) or logical)
 
 
-def open_session(path: Path, *, threads: int | None = None, optimize: bool = True) -> onnxruntime.InferenceSession:
+def open_session(
+    path: Path, *, threads: int | None = None, optimize: bool = True, spinning: bool = False, arena: bool = True
+) -> onnxruntime.InferenceSession:
     """Open an ONNX file for CPU inference.
 
     Args:
         path: the graph.
         threads: intra-op threads; None takes `cpu_limits().threads`.
         optimize: let ONNX Runtime rewrite the graph in memory (its full level); False runs it node by node as written.
+        spinning: let the threads of a finished call go on looking for work, as ONNX Runtime does by default, for up to
+            seconds: the next call may start sooner, but an idle model takes CPU time from its neighbours.
+        arena: keep freed memory for the next call; without it memory is given back after each, which takes time.
 
     Raises:
         ArtifactError: the file is missing, truncated or not loadable by this ONNX Runtime.
     """
+    # Read when the library is first imported, which would else write files into the home folder.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     if not path.is_file():
@@ -88,8 +95,9 @@ def open_session(path: Path, *, threads: int | None = None, optimize: bool = Tru
     options.intra_op_num_threads = threads or cpu_limits().threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    # Threads of a finished call stop spinning at once: an idle model must not slow its neighbours.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "0" if spinning else "1")
+    options.enable_cpu_mem_arena = arena
+    options.enable_mem_pattern = arena  # plans one block per shape of input, and keeps it
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     try:

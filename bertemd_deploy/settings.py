@@ -199,7 +199,15 @@ class BenchSettings:
         rounds: how often the models take turns.
         seconds_per_cell: time for one model in one cell, over all rounds.
         replay: also run the dev set's real lengths.
+        end_to_end: also time these from text to decision.
         graphs: which of the artifact's graphs; null takes all it holds.
+        devices: where: "local", names of `bertemd devices`, or ssh://user@host addresses.
+        device_file: YAML file of further devices.
+        strict: a noisy measurement is a failure.
+        paced_interval_ms: time between two requests where they come one by one, as on a device in use; 0 leaves it out.
+        paced_requests: how many of these, for every model.
+        idle_seconds: for how long waiting threads' CPU time is watched; 0 leaves it out.
+        arena: also measure memory without ONNX Runtime's memory arena.
     """
 
     sequence_lengths: tuple[int | Literal["max"], ...] = (16, 32, 64, 128, "max")
@@ -208,5 +216,13 @@ class BenchSettings:
     rounds: int = bounded(5, 2, 1000)
     seconds_per_cell: float = bounded(0.4, 0, above=True)
     replay: bool = True
+    end_to_end: bool = True
     graphs: tuple[str, ...] | None = None
+    devices: tuple[str, ...] = ("local",)
+    device_file: str | None = None
+    strict: bool = False
+    paced_interval_ms: float = bounded(100.0, 0)
+    paced_requests: int = bounded(20, 2, 10_000)
+    idle_seconds: float = bounded(1.0, 0, 60)
+    arena: bool = True
     seed: int = bounded(0, 0, 2**31)

@@ -84,6 +84,14 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
     return inputs
 
 
+def bench_inputs(recipe: Recipe) -> dict[str, Any]:
+    """Return what measurements depend on beside the models: the section bench, and what its file of devices says."""
+    settings = recipe.bench
+    if settings.device_file is None:
+        return asdict(settings)
+    return asdict(settings) | {"device_file": sha256_file(Path(settings.device_file))}
+
+
 def export_inputs(recipe: Recipe, student: Path) -> dict[str, Any]:
     """Return everything an artifact depends on.
 
@@ -160,6 +168,6 @@ def _start(settings: StudentSettings) -> Path | None:
 
 def _resolved(precision: Precision) -> Precision:
     """Return what "auto" is on this machine: another precision gives another model."""
-    from bertemd_deploy.devices import trains_in_bfloat16
+    from bertemd_deploy.training_device import trains_in_bfloat16
 
     return "bfloat16" if trains_in_bfloat16(precision) else "float32"

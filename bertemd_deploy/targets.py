@@ -37,7 +37,7 @@ AUTO = "auto"
 STANDARD, MICROSOFT = "", "com.microsoft"
 # Flags of a CPU that adds int8 products in 32 bits, any one of them; Linux' spelling.
 EXACT_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimd")
-# An ONNX graph: c = MatMulInteger(a, b), a (1, 4) uint8, b (4, 8) int8.
+# The graph of `saturation_probe`.
 _PROBE = (
     "CAg6XAoYCgFhCgFiEgFjIg1NYXRNdWxJbnRlZ2VyEgFwWhMKAWESDgoMCAISCAoCCAEKAggEWhMKAWISDgoMCAMSCAoCCAQKAggIYhMKAWMSDgoM"
     "CAYSCAoCCAEKAggIQgQKABAR"
@@ -264,6 +264,11 @@ def saturates(found: Collection[str]) -> bool:
     return "avx2" in found and not set(EXACT_INT8) & set(found)
 
 
+def saturation_probe() -> bytes:
+    """Return an ONNX graph: c = MatMulInteger(a, b), a (1, 4) uint8, b (4, 8) int8. Extreme rows tell what a CPU does."""
+    return base64.b64decode(_PROBE)
+
+
 @functools.cache
 def products_saturate() -> bool:
     """Return whether ONNX Runtime, on this CPU, clips sums of two int8 products: it multiplies two rows to see."""
@@ -272,6 +277,6 @@ def products_saturate() -> bool:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
-    session = onnxruntime.InferenceSession(base64.b64decode(_PROBE), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(saturation_probe(), options, providers=["CPUExecutionProvider"])
     (sums,) = session.run(None, {"a": np.full((1, 4), 255, np.uint8), "b": np.full((4, 8), 127, np.int8)})
     return bool((sums != 4 * 255 * 127).any())

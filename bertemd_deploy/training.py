@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.batching import Batch, Batching
 from bertemd_deploy.console import note, progress
-from bertemd_deploy.devices import is_out_of_memory, training_device
 from bertemd_deploy.errors import TrainingError, UnfinishedError
 from bertemd_deploy.files import discard_partial
 from bertemd_deploy.processes import Processes
+from bertemd_deploy.training_device import is_out_of_memory, training_device
 from bertemd_deploy.training_state import (
     ExtraState,
     NoState,

@@ -55,7 +55,19 @@ def write_recipe(path: Path, teacher: Path, data: Path, **sections: dict[str, An
 def test_version_and_help() -> None:
     assert call("--version").stdout.strip() == __version__
     told = call("--help").stdout
-    commands = ("run", "check", "finetune", "distill", "evaluate", "export", "bench", "report", "predict")
+    commands = (
+        "run",
+        "check",
+        "finetune",
+        "distill",
+        "evaluate",
+        "export",
+        "bench",
+        "report",
+        "bundle",
+        "devices",
+        "predict",
+    )
     assert all(name in told for name in commands)
     for name in commands:
         assert call(name, "--help").exit_code == 0
@@ -166,9 +178,10 @@ def test_run_bench_and_report_hand_over_what_was_asked(
     tiny_bert: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = tiny_bert()
-    names = ("bertemd_deploy.pipeline.run", "bertemd_deploy.bench.compare.bench", "bertemd_deploy.report.report")
-    run, bench, report = (create_autospec(pkgutil.resolve_name(name)) for name in names)
-    for name, stand_in in zip(names, (run, bench, report), strict=True):
+    parts = ("pipeline.run", "bench.places.bench_places", "report.report", "report.enforce")
+    names = [f"bertemd_deploy.{part}" for part in parts]
+    run, bench, report, enforce = (create_autospec(pkgutil.resolve_name(name)) for name in names)
+    for name, stand_in in zip(names, (run, bench, report, enforce), strict=True):
         monkeypatch.setattr(name, stand_in)
     run.return_value = {
         "distill": {"metrics": {"teacher": {"accuracy": 0.9}, "student": {"accuracy": 0.8}}},
@@ -197,19 +210,75 @@ def test_run_bench_and_report_hand_over_what_was_asked(
     assert part.stdout.split() == ["teacher", "accuracy", "0.9000", "run", str(tmp_path / "run")]
     assert run.call_args.kwargs["stop_after"] == "finetune"
 
-    bench.return_value = {"measurements": []}
+    plain = {"schema_version": 1, "device": {"name": "a"}, "artifact": {}, "measurements": []}
+    records = [tmp_path / "one.json", tmp_path / "two.json"]
+    for path in records:
+        path.write_text(json.dumps(plain))
+    bench.return_value = records[:1]
     measured = call("bench", "a", "--teacher", teacher, "--out", tmp_path / "b", "--set", "bench.rounds=3", "--json")
-    assert json.loads(measured.stdout) == {"measurements": []}
+    assert json.loads(measured.stdout) == plain
     assert bench.call_args.args == (Path("a"),)
     assert bench.call_args.kwargs["teacher"] == teacher
     assert bench.call_args.kwargs["settings"].rounds == 3
-    assert call("bench", "a", "--out", tmp_path / "b").stdout == f"{tmp_path / 'b' / 'record.json'}\n"
+    assert call("bench", "a", "--out", tmp_path / "b").stdout == f"{records[0]}\n"
     assert bench.call_args.kwargs["teacher"] is None
+    bench.return_value = records
+    devices = ("--device", "local", "--device", "raspberry-pi-5", "--strict", "--max-p95-ms", "20 ms")
+    shown = call("bench", "a", "--out", tmp_path / "b", *devices, "--min-retention", "97%", "--json")
+    assert json.loads(shown.stdout) == {"records": [plain, plain]}
+    asked = bench.call_args.kwargs
+    assert (asked["settings"].devices, asked["settings"].strict) == (("local", "raspberry-pi-5"), True)
+    assert asked["flags"] == {"max_p95_ms": "20 ms", "min_retention": "97%"}
+    line = {
+        "name": "size",
+        "limit": "max_size_mb",
+        "allowed": 1.0,
+        "found": 2.0,
+        "passed": False,
+        "words": "2 MB of 1 MB",
+    }
+    records[0].write_text(json.dumps(plain | {"budget": {"limits": {"max_size_mb": 1.0}, "lines": [line]}}))
+    missed = call("bench", "a", "--out", tmp_path / "b", "--max-size-mb", "1")
+    assert (missed.exit_code, missed.stdout.splitlines()[0]) == (4, "2 MB of 1 MB")
+    assert "error: 1 line(s) of budget or baseline missed" in missed.stderr
 
     report.return_value = tmp_path / "index.html"
     page = call("report", "one.json", "two.json", "--out", tmp_path / "page")
     assert page.stdout == f"{tmp_path / 'index.html'}\n"
     assert report.call_args.args == ([Path("one.json"), Path("two.json")],)
+    assert enforce.call_args.args == (tmp_path / "page",)
+
+
+def test_devices_are_listed_with_their_facts(tmp_path: Path) -> None:
+    assert {"raspberry-pi-5", "container-500m-512mb", "local"} <= set(call("devices").stdout.split())
+    facts = json.loads(call("devices", "raspberry-pi-5", "--json").stdout)
+    assert (facts["cores"], facts["target"]) == (4, "arm64-dotprod")
+    assert "Cortex-A76" in call("devices", "raspberry-pi-5").stdout
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("kiosk: {like: raspberry-pi-5, title: The kiosk, memory_bytes: 2_000_000_000}\n")
+    assert "The kiosk" in call("devices", "kiosk", "--devices", mine).stdout
+    missing = call("devices", "raspbery-pi-5")
+    assert missing.exit_code == 2
+    assert "Did you mean 'raspberry-pi-5'?" in missing.stderr
+
+
+def test_a_bundle_is_written_by_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("bertemd_deploy.handoff.write_bundle", "bertemd_deploy.remote.folder.write_runner")
+    handoff, runner = (create_autospec(pkgutil.resolve_name(name)) for name in names)
+    for name, stand_in in zip(names, (handoff, runner), strict=True):
+        monkeypatch.setattr(name, stand_in)
+        stand_in.return_value = tmp_path / "made"
+    assert call("bundle", "a", "--out", "b", "--for", "triton").stdout == f"{tmp_path / 'made'}\n"
+    assert handoff.call_args.kwargs == {"kind": "triton", "out": Path("b"), "force": False}
+    refused = call("bundle", "a", "--out", "b", "--for", "python", "--device", "raspberry-pi-5")
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        "error: bundle: --device only acts with --for device; leave it out.\n",
+    )
+    shown = call("bundle", "a", "--out", "b", "--device", "raspberry-pi-5", "--set", "bench.rounds=3")
+    assert "python3 run.py" in shown.stdout
+    asked = runner.call_args.kwargs
+    assert (asked["device"].name, asked["settings"].rounds, asked["teacher"]) == ("raspberry-pi-5", 3, None)
 
 
 def test_predict_answers_ten_thousand_lines_in_order(tiny_artifact: Artifacts) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertemd_deploy.config import Recipe, build_recipe, load_recipe, options_recipe
+from bertemd_deploy.devices import load_devices
 from bertemd_deploy.errors import RecipeError
 from bertemd_deploy.settings import MAPPINGS, STUDENT_NAMES, DataSettings
 
@@ -80,8 +81,11 @@ def test_recipe_is_frozen(tmp_path: Path):
 @pytest.mark.parametrize(
     ("addition", "fault"),
     [
-        ("distil: {}", "unknown section 'distil'; known: teacher, data, student, distill, export, quantize, bench"),
-        ("1: {}", "unknown section 1; known: teacher, data, student, distill, export, quantize, bench"),
+        (
+            "distil: {}",
+            "unknown section 'distil'; known: teacher, data, student, distill, export, quantize, bench, budget",
+        ),
+        ("1: {}", "unknown section 1; known: teacher, data, student, distill, export, quantize, bench, budget"),
         ("export: 17", "export should be a mapping of keys, found int 17"),
         ("export: [17]", "export should be a mapping of keys, found list [17]"),
         (
@@ -160,6 +164,19 @@ def test_recipe_is_frozen(tmp_path: Path):
         (
             "export: {vocabulary: all}",
             "export.vocabulary: found str 'all', allowed: a whole number or 'corpus' or nothing",
+        ),
+        (
+            "bench: {devices: [local, local]}",
+            "bench.devices: local and local would share a folder. Name each device once.",
+        ),
+        ("bench: {device_file: nowhere.yaml}", "bench.devices: nowhere.yaml: there is no such file of devices."),
+        (
+            "budget: {max_p95_ms: 20 MB}",
+            "budget.max_p95_ms: found '20 MB' with the unit 'MB', allowed units: µs, us, ms, s",
+        ),
+        (
+            "budget: {raspberry-pi-9: {max_size_mb: 2}}",
+            "budget.raspberry-pi-9: unknown device; known: " + ", ".join(sorted(load_devices())),
         ),
         ("bench: {graphs: [int4]}", "bench.graphs: unknown int4; known: fp32, int8, fused, fused-int8, fp16"),
         ("bench: {graphs: fp32}", "bench.graphs: found str 'fp32', allowed: a list of text or nothing"),

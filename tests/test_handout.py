@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny_family import write_family_tokenizer
 from tokenizers import Tokenizer
 
+from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.encoding import TextEncoder
-from bertemd_deploy.errors import ExportError
+from bertemd_deploy.errors import ArtifactError, ExportError
 from bertemd_deploy.families import FAMILIES
-from bertemd_deploy.handout import model_card, write_tokenizer
+from bertemd_deploy.handout import add_measured, model_card, write_tokenizer
 
 TEXTS = ["the film was Lovely today!", "we saw a sad song, very dull"]
 FILES = {
@@ -62,6 +64,20 @@ def test_the_model_card_says_how_the_model_is_called(task: dict[str, object], co
     )
     assert f"```\n{command}\n```\n" in card
     assert ("split into words at blanks" in card) == (task["kind"] == "token-classification")
+
+
+def test_measurements_take_the_place_of_earlier_ones_in_the_model_card(tiny_artifact: Callable[..., Path]) -> None:
+    folder = tiny_artifact()
+    (folder / "README.md").unlink()
+    with pytest.raises(ArtifactError, match=r"README\.md: the model card is missing"):
+        add_measured(folder, "| a |")
+    (folder / "README.md").write_text("# A card\n\nOf its own.\n")
+    for table in ("| first |", "| second |"):
+        add_measured(folder, table)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# A card\n\nOf its own.\n\n<!-- measured: start -->\n## Measured\n\n| second |\n")
+    assert "first" not in card
+    Artifact.load(folder).file("README.md")
 
 
 @pytest.mark.parametrize(

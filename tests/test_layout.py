@@ -18,9 +18,11 @@ RUNTIME = {
     "answers",
     "artifact",
     "bench",
+    "budget",
     "churn",
     "classifier",
     "cli",
+    "cli_devices",
     "cli_options",
     "compatibility",
     "config",
@@ -28,14 +30,19 @@ RUNTIME = {
     "data",
     "decisions",
     "demo",
+    "device_rows",
+    "devices",
     "encoding",
     "errors",
+    "estimate",
     "files",
+    "handoff",
     "handout",
     "launch",
     "metrics",
     "predictions",
     "readers",
+    "remote",
     "report",
     "resampling",
     "rows",
@@ -64,7 +71,7 @@ FORBIDDEN = (
     "matplotlib",
 )
 # Commands of the training half, and the worker process that runs the PyTorch teacher, import it inside their functions.
-LATE_IMPORTERS = {"cli", "bench.worker"}
+LATE_IMPORTERS = {"cli", "cli_devices", "bench.worker"}
 
 
 def modules() -> list[str]:

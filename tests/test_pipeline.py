@@ -14,7 +14,15 @@ import pytest
 from bertemd_deploy import pipeline, stages
 from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.config import Recipe, build_recipe
-from bertemd_deploy.errors import ArtifactError, BertemdError, ModelError, RecipeError, TrainingError, UnfinishedError
+from bertemd_deploy.errors import (
+    ArtifactError,
+    BertemdError,
+    BudgetError,
+    ModelError,
+    RecipeError,
+    TrainingError,
+    UnfinishedError,
+)
 from bertemd_deploy.files import sha256_file, sha256_json
 
 Task = Callable[..., tuple[Path, Path]]
@@ -414,18 +422,20 @@ def test_the_whole_pipeline_ends_in_a_report_and_a_second_run_does_nothing(
 ) -> None:
     teacher, data = tiny_task()
 
-    def measure(_artifact: Path, *, teacher: Path | None, out: Path, settings: Any, force: bool = False) -> Record:
+    def measure(_artifact: Path, *, teacher: Path | None, out: Path, settings: Any, **_: Any) -> list[Path]:
         out.mkdir()
-        (out / "record.json").write_text(json.dumps({"rounds": settings.rounds, "teacher": str(teacher)}))
-        return {"measurements": [1, 2, 3]}
+        made = {"schema_version": 1, "device": {"name": "here"}, "artifact": {}, "measurements": []}
+        (out / "record.json").write_text(json.dumps(made | {"rounds": settings.rounds, "teacher": str(teacher)}))
+        return [out / "record.json"]
 
-    def write_page(records: list[Path], *, out: Path, force: bool = False) -> Path:
-        out.mkdir()
+    def write_page(records: list[Path], *, out: Path, **_: Any) -> Path:
+        out.mkdir(exist_ok=True)
         (out / "index.html").write_text(records[0].read_text())
+        (out / "report.json").write_text(f"[{records[0].read_text()}]")
         return out / "index.html"
 
     for real, stand_in in (
-        ("bertemd_deploy.bench.compare.bench", measure),
+        ("bertemd_deploy.bench.places.bench_places", measure),
         ("bertemd_deploy.report.report", write_page),
     ):
         monkeypatch.setattr(real, create_autospec(pkgutil.resolve_name(real), side_effect=stand_in))
@@ -441,11 +451,18 @@ def test_the_whole_pipeline_ends_in_a_report_and_a_second_run_does_nothing(
     }
     assert record["export"]["metrics"]["student"] == record["distill"]["metrics"]["student"]
     assert Path(record["artifact"], "onnx", "model.onnx").is_file()
-    assert json.loads(Path(record["page"]).read_text()) == {"rounds": 3, "teacher": str(teacher)}
-    assert record["bench"] == {"record": "bench/record.json", "measurements": 3}
+    page = json.loads(Path(record["page"]).read_text())
+    assert (page["rounds"], page["teacher"]) == (3, str(teacher))
+    assert record["bench"] == {"record": "bench/record.json", "records": ["bench/record.json"]}
     capsys.readouterr()
     assert pipeline.run(settings, out=out) == record
     assert capsys.readouterr().err.count("unchanged, skipped") == 4
+    strict = recipe(teacher, data, quantize={"mode": "none"}, bench={"rounds": 3}, budget={"max_size_mb": 1})
+    for skipped in (3, 4):  # the report is written again; then the miss is all that is left
+        with pytest.raises(BudgetError, match=r"1 line\(s\) of budget or baseline missed"):
+            pipeline.run(strict, out=out)
+        assert capsys.readouterr().err.count("unchanged, skipped") == skipped
+        assert json.loads((out / "report/index.html").read_text())["budget"]["limits"] == {"max_size_mb": 1.0}
 
 
 def test_a_stage_to_stop_after_that_does_not_exist_is_refused(tiny_task: Task, tmp_path: Path) -> None:

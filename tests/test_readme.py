@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from bertemd_deploy.cli import app
 from bertemd_deploy.config import Recipe, load_recipe
+from bertemd_deploy.devices import load_devices
 from bertemd_deploy.families import FAMILIES
 from bertemd_deploy.settings import MAPPINGS
 from bertemd_deploy.students import STUDENTS
@@ -73,12 +74,13 @@ def test_every_recipe_key_named_exists(section: str, key: str) -> None:
 
 
 def test_the_recipe_shown_loads(tmp_path: Path) -> None:
-    recipes = [block.removeprefix("yaml\n") for block in BLOCKS if block.startswith("yaml\n")]
-    assert recipes
-    for text in recipes:
-        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
-        recipe = load_recipe(tmp_path / "recipe.yaml")
-        assert recipe.student.name in STUDENTS
+    whole, devices, budget = (block.removeprefix("yaml\n") for block in BLOCKS if block.startswith("yaml\n"))
+    (tmp_path / "recipe.yaml").write_text(whole + budget, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.student.name in STUDENTS
+    assert recipe.budget["raspberry-pi-5"] == {"max_p95_ms": "30 ms"}
+    (tmp_path / "devices.yaml").write_text(devices, encoding="utf-8")
+    assert load_devices(tmp_path / "devices.yaml")["kiosk"].memory_limit_bytes == 10**9
 
 
 def test_every_make_target_shown_exists() -> None:

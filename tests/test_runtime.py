@@ -97,6 +97,23 @@ def test_session_takes_what_the_process_may_use(summing_graph: Path, monkeypatch
     assert open_session(summing_graph).get_session_options().intra_op_num_threads == 3
 
 
+@pytest.mark.parametrize("spinning", [True, False])
+@pytest.mark.parametrize("arena", [True, False])
+def test_session_spins_and_keeps_memory_where_asked(summing_graph: Path, spinning, arena):
+    session = open_session(summing_graph, threads=2, spinning=spinning, arena=arena)
+    options = session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == ("0" if spinning else "1")
+    assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (arena, arena)
+    logits = run_session(session, rows(2, 3).batch([0, 1], pad_id=9))
+    np.testing.assert_array_equal(logits, np.array([[3, -3], [12, -12]], dtype=np.float32), strict=True)
+
+
+def test_session_by_default_stops_spinning_and_has_an_arena(summing_graph: Path):
+    options = open_session(summing_graph).get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (True, True)
+
+
 @pytest.mark.parametrize("optimize", [True, False])
 def test_run_feeds_the_inputs_the_graph_declares(summing_graph: Path, optimize):
     session = open_session(summing_graph, threads=1, optimize=optimize)
@@ -165,3 +182,10 @@ def test_logits_of_tokens_come_back_ragged_and_in_order(token_graph: Path):
 def test_predict_nothing(summing_graph: Path):
     with pytest.raises(ValueError, match="no examples"):
         predict_logits(open_session(summing_graph, threads=1), rows(), pad_id=0)
+
+
+def test_onnxruntime_is_told_to_send_and_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    with pytest.raises(ArtifactError):
+        open_session(Path(__file__))
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"

@@ -56,12 +56,19 @@ class Candidate:
         return f"{self.model} {self.backend} {self.graph or self.precision}"
 
 
-def students(artifact: Artifact, graphs: Sequence[str] | None) -> tuple[list[Candidate], list[str]]:
+def students(
+    artifact: Artifact, graphs: Sequence[str] | None, *, here: bool = True
+) -> tuple[list[Candidate], list[str]]:
     """Return the artifact's graphs among `graphs` (None: all) as candidates, and a note on each that it lacks.
+
+    Args:
+        artifact: whose graphs.
+        graphs: their names.
+        here: they are to be run on this machine for their answers, so one that this CPU would not compute is refused.
 
     Raises:
         MeasurementError: a name is unknown, or none of `graphs` is there.
-        ArtifactError: a graph file is missing or damaged.
+        ArtifactError: a graph file is missing or damaged, or not for this CPU.
     """
     graphs = artifact.graphs() if graphs is None else graphs
     if unknown := sorted(set(graphs) - set(GRAPHS)):
@@ -76,7 +83,7 @@ def students(artifact: Artifact, graphs: Sequence[str] | None) -> tuple[list[Can
     shape = artifact.manifest.get("student") or {}
     found = []
     for name in present:
-        _, path = artifact.graph(name)
+        path = artifact.graph(name)[1] if here else artifact.file(GRAPHS[name])
         found.append(
             Candidate(
                 "student",

@@ -149,24 +149,46 @@ def device(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def _frequency(root: Path) -> float | None:
-    """Return the present clock of the first core in MHz."""
-    kilohertz = _first_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-    if kilohertz and kilohertz.isdigit():
-        return int(kilohertz) / 1000
-    found = re.search(r"^cpu MHz\s*:\s*([\d.]+)", _first_text(root / "proc/cpuinfo") or "", re.MULTILINE)
-    return float(found[1]) if found else None
+    """Return the present clock of the fastest core in MHz: the others may be asleep."""
+    cpus = root / "sys/devices/system/cpu"
+    kilohertz = [text for path in cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq") if (text := _first_text(path))]
+    clocks = [int(text) / 1000 for text in kilohertz if text.isdigit()]
+    if not clocks:
+        found = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _first_text(root / "proc/cpuinfo") or "", re.MULTILINE)
+        clocks = [float(text) for text in found]
+    return max(clocks, default=None)
+
+
+def _throttle_count(root: Path) -> int | None:
+    """Return how often the kernel has seen a core or its package throttled for heat since boot."""
+    counters = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
+    readings = [text for text in map(_first_text, counters) if text and text.isdigit()]
+    return sum(map(int, readings)) if readings else None
+
+
+def _quota_throttled_seconds(root: Path) -> float | None:
+    """Return for how long the container's CPU quota (cgroup v2) has held its processes back."""
+    found = re.search(r"^throttled_usec (\d+)$", _first_text(root / "sys/fs/cgroup/cpu.stat") or "", re.MULTILINE)
+    return int(found[1]) / 1e6 if found else None
+
+
+def _stolen_cpu_seconds(root: Path) -> float | None:
+    """Return the CPU seconds since boot that the host of a virtual machine gave to other guests."""
+    fields = (_first_text(root / "proc/stat") or "").partition("\n")[0].split()
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 and fields[8].isdigit() else None
 
 
 def conditions(root: Path = Path("/")) -> dict[str, Any]:
-    """Return what may disturb a measurement, to be taken before and after it.
+    """Return what may disturb a measurement, to be taken before, during and after it.
+
+    Args:
+        root: where `proc` and `sys` lie.
 
     Returns:
-        load_1m (mean number of running processes), frequency_mhz, temperature_celsius (the hottest sensor),
-        throttled (a Raspberry Pi's under-voltage and throttling bits as text), stolen_cpu_seconds (since boot, by other
-        guests of a virtual machine's host).
+        load_1m (mean number of running processes), frequency_mhz (the fastest core's), temperature_celsius (the hottest
+        sensor's), throttled (a Raspberry Pi's under-voltage and throttling bits as text), and counters since boot:
+        throttle_count, stolen_cpu_seconds (by other guests of a virtual machine's host), quota_throttled_seconds.
     """
-    import psutil
-
     try:
         load: float | None = os.getloadavg()[0]
     except (OSError, AttributeError):
@@ -178,25 +200,31 @@ def conditions(root: Path = Path("/")) -> dict[str, Any]:
         "frequency_mhz": _frequency(root),
         "temperature_celsius": max(int(text) / 1000 for text in readings) if readings else None,
         "throttled": _first_text(root / "sys/devices/platform/soc/soc:firmware/get_throttled"),
-        "stolen_cpu_seconds": getattr(psutil.cpu_times(), "steal", None),
+        "throttle_count": _throttle_count(root),
+        "stolen_cpu_seconds": _stolen_cpu_seconds(root),
+        "quota_throttled_seconds": _quota_throttled_seconds(root),
     }
 
 
 class OtherWork:
-    """How many of this process's CPUs are kept busy by programs that are not ours, from its creation on."""
+    """How many of our CPUs are kept busy by programs that are not ours, from its creation on.
+
+    Ours are those that the first worker may run on: its limits may leave it fewer than this process has.
+    """
 
     def __init__(self, workers: Sequence[int]) -> None:
         """Take the process numbers of our workers; this process is ours as well."""
         import psutil
 
         self._processes = [psutil.Process(), *map(psutil.Process, workers)]
-        self._mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        pid = workers[0] if workers else 0
+        self._mine = sorted(os.sched_getaffinity(pid)) if hasattr(os, "sched_getaffinity") else None
         self._started = time.monotonic()
         self._before = self._busy_seconds()
 
     @property
     def cpus(self) -> int:
-        """The CPUs this process may run on."""
+        """How many CPUs are ours."""
         return len(self._mine) if self._mine is not None else os.cpu_count() or 1
 
     def _busy_seconds(self) -> float:

@@ -1,8 +1,8 @@
 """How much memory a process took at most, and how many bytes a model is on disk.
 
-On Linux the peak is VmHWM of /proc/self/status. `getrusage` is used elsewhere: on Linux its value also covers the moment
-before exec, when a new process still shares the memory of the one that started it, so a worker of a large parent would
-be charged with the parent's size.
+On Linux memory is read from /proc/self/status, the peak as VmHWM. `getrusage` is used elsewhere: on Linux its value also
+covers the moment before exec, when a new process still shares the memory of the one that started it, so a worker of a
+large parent would be charged with the parent's size.
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 def peak_in_status(text: str) -> int | None:
     """Return the peak resident bytes that the text of /proc/<pid>/status states, or None."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE)
+    return _in_status(text, "VmHWM")
+
+
+def _in_status(text: str, field: str) -> int | None:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
+
+
+def _own_status(field: str) -> int | None:
+    try:
+        return _in_status(PROC_STATUS.read_text(), field)
+    except OSError:
+        return None
 
 
 def peak_rss_bytes() -> int | None:
     """Return the most resident memory this process has had, in bytes, or None where the system does not tell."""
-    try:
-        peak = peak_in_status(PROC_STATUS.read_text())
-    except OSError:
-        peak = None
+    peak = _own_status("VmHWM")
     if peak is not None:
         return peak
     if sys.platform == "win32":
@@ -43,6 +51,9 @@ def peak_rss_bytes() -> int | None:
 
 def rss_bytes() -> int:
     """Return the resident memory of this process now, in bytes."""
+    now = _own_status("VmRSS")
+    if now is not None:
+        return now
     import psutil
 
     return int(psutil.Process().memory_info().rss)

@@ -1,33 +1,28 @@
-"""The passes of a benchmark, as seen from the parent: memory and accuracy, cold start, and the interleaved timing.
+"""The timing passes of a benchmark, as seen from the parent: every model takes its turn in every round of every cell.
 
-Each pass has its own fresh processes, so that none disturbs another: memory is taken where nothing is timed, cold start
-where nothing is warm, and timing where each model takes its turn in every round, so that drift of the machine hits all.
+Timing has its own fresh processes, one per model, which were not used for anything else; drift of the machine hits all
+models alike. A model that meets its memory limit is left out from there on, and the others go on.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.bench.candidates import Candidate
 from bertemd_deploy.bench.environment import OtherWork
 from bertemd_deploy.bench.latency import WINDOW
 from bertemd_deploy.bench.process import Worker
+from bertemd_deploy.bench.setup import Setup
 from bertemd_deploy.bench.workload import REPLAY, Cell
+from bertemd_deploy.errors import MemoryLimitError
 from bertemd_deploy.settings import BenchSettings
 
-COLD_STARTS = 3
-COLD_SEQUENCE = 32
 SETTLE_SECONDS = 0.005  # before a turn: OpenMP threads of the model before spin on for some milliseconds
 WARM_UP_SHARE = 3  # the warm-up may take a third of what the timing takes
 LEAST_CALLS = 3
@@ -39,165 +34,210 @@ DISTURBANCE = 0.2  # CPUs that other programs may take of those a cell needs bef
 Rounds = list[list[float]]
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What is known of a model before it is timed.
-
-    Attributes:
-        logits: (n, outputs) float32 over the evaluation slice, or ragged, (sum of lengths, outputs), of a model that
-            reads every token; columns in the artifact's label order.
-        cold_start_ms: import, load, first: medians over fresh processes; and their number, n.
-        peak_rss_bytes: over rows of mixed lengths at every batch size, without timing; None where not measurable.
-        rss_after_import_bytes: before the model was loaded.
-        parameters: count, None where unknown.
-    """
-
-    logits: NDArray[np.float32]
-    cold_start_ms: dict[str, float]
-    peak_rss_bytes: int | None
-    rss_after_import_bytes: int
-    parameters: int | None
-
-
 @dataclass
 class Timing:
-    """Raw results of one model in one cell: milliseconds per call by round, and the CPU seconds of all calls."""
+    """Raw results of one model in one cell.
+
+    Attributes:
+        warm_up: how the warm-up went.
+        rounds: milliseconds per call, by round.
+        cpu_seconds: of all calls together.
+        energy_joules: of all calls together; None where it is not counted, or too little for the counter's steps.
+    """
 
     warm_up: dict[str, Any]
     rounds: Rounds
     cpu_seconds: float
+    energy_joules: float | None
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """All models in one cell, in their order.
+    """All models in one cell, by name.
 
     Attributes:
         cell: what was measured.
         alone: the model alone.
-        whole: from text to decision; None where there are no texts.
+        whole: from text to decision; None where there are no texts, or that was not asked for.
+        paced_ms: one sample per request, of requests that came one by one; None where that was not measured.
+        energy_source: what energy was read from; None where there is nothing.
         other_cpus_busy: how many of our CPUs other programs kept busy meanwhile, on average.
         disturbed: whether that left fewer CPUs than the cell has threads.
     """
 
     cell: Cell
-    alone: list[Timing]
-    whole: list[Timing] | None
+    alone: dict[str, Timing]
+    whole: dict[str, Timing] | None
+    paced_ms: dict[str, list[float]] | None
+    energy_source: str | None
     other_cpus_busy: float
     disturbed: bool
 
 
-def _open_fields(candidate: Candidate, *, artifact: Artifact, threads: int, seed: int) -> dict[str, Any]:
-    return {
-        "backend": candidate.backend,
-        "path": str(candidate.path),
-        "token_ids": candidate.token_ids,
-        "threads": threads,
-        "artifact": str(artifact.folder),
-        "seed": seed,
-    }
+class _LimitMet(Exception):  # noqa: N818 - not an error, but which model it was
+    """A model met its memory limit while several were measured together."""
+
+    def __init__(self, name: str, error: MemoryLimitError) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
 
 
-def profile(candidate: Candidate, *, artifact: Artifact, settings: BenchSettings, threads: int) -> Profile:
-    """Measure memory and accuracy of a model in one fresh process, and its cold start in three more.
-
-    Raises:
-        MeasurementError: a worker died or could not open the model.
-    """
-    fields = _open_fields(candidate, artifact=artifact, threads=threads, seed=settings.seed)
-    with Worker(candidate.name, threads=threads) as worker, tempfile.TemporaryDirectory() as folder:
-        opened = worker.request("open", **fields)
-        memory = worker.request("memory", batches=sorted(set(settings.batch_sizes)))
-        worker.request("evaluate", out=str(Path(folder) / "logits.npy"))
-        logits: NDArray[np.float32] = np.load(Path(folder) / "logits.npy", allow_pickle=False)
-    starts = []
-    for _ in range(COLD_STARTS):
-        with Worker(candidate.name, threads=threads) as worker:
-            start = worker.request("open", **fields)
-            start |= worker.request("first", sequence=min(COLD_SEQUENCE, artifact.max_length))
-            starts.append(start)
-    cold_start = {part: median(start[f"{part}_ms"] for start in starts) for part in ("import", "load", "first")}
-    return Profile(
-        logits=logits[:, list(candidate.outputs)],
-        cold_start_ms=cold_start | {"n": COLD_STARTS},
-        peak_rss_bytes=memory["peak_rss_bytes"],
-        rss_after_import_bytes=opened["rss_after_import_bytes"],
-        parameters=candidate.parameters or opened["parameters"],
-    )
+@contextmanager
+def _asking(name: str) -> Iterator[None]:
+    """Tell which model it was that met its memory limit."""
+    try:
+        yield
+    except MemoryLimitError as error:
+        raise _LimitMet(name, error) from error
 
 
 def time_cells(
     candidates: Sequence[Candidate],
     cells: Sequence[Cell],
     *,
-    artifact: Artifact,
-    settings: BenchSettings,
+    setup: Setup,
+    paced: Collection[Cell] = (),
     done: Callable[[Cell], None],
-) -> list[CellResult]:
+    between: Callable[[], None] = lambda: None,
+) -> tuple[list[CellResult], dict[str, MemoryLimitError]]:
     """Time every model in every cell; the cells have one thread count in common, and one process per model.
 
     Args:
-        candidates: the models; results keep their order.
+        candidates: the models.
         cells: what to measure, in order.
-        artifact: source of the inputs.
-        settings: rounds, seconds per cell, seed.
+        setup: how models are opened and for how long they are timed.
+        paced: of the cells, those that are also run one request at a time.
         done: called after each cell.
+        between: called between two turns, when no model is running.
+
+    Returns:
+        The cells' results, and the models that met their memory limit, by name: these are absent from the cell where they
+        did so and from all later ones.
 
     Raises:
         MeasurementError: a worker died.
     """
     (threads,) = {cell.threads for cell in cells}
-    generator = np.random.default_rng([settings.seed, threads])
-    results = []
+    generator = np.random.default_rng([setup.settings.seed, threads])
+    failed: dict[str, MemoryLimitError] = {}
+    results: list[CellResult] = []
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(candidate.name, threads=threads)) for candidate in candidates]
-        for worker, candidate in zip(workers, candidates, strict=True):
-            worker.send("open", **_open_fields(candidate, artifact=artifact, threads=threads, seed=settings.seed))
-        for worker in workers:
-            worker.receive()
+        workers = {one.name: stack.enter_context(setup.worker(one, threads=threads)) for one in candidates}
+        meters: dict[str, dict[str, Any]] = {}
+        for ask in ("send", "receive"):  # all open their models at the same time
+            for one in candidates:
+                try:
+                    with _asking(one.name):
+                        if ask == "send":
+                            workers[one.name].send("open", **setup.opening(one, threads=threads))
+                        elif one.name not in failed:
+                            meters[one.name] = workers[one.name].receive()
+                except _LimitMet as met:
+                    failed[met.name] = met.error
+        workers = {name: worker for name, worker in workers.items() if name not in failed}
         for cell in cells:
-            watch = OtherWork([worker.pid for worker in workers])
-            alone = _time_cell(workers, cell, texts=False, settings=settings, generator=generator)
-            whole = None
-            if cell.sequence == REPLAY:
-                whole = _time_cell(workers, cell, texts=True, settings=settings, generator=generator)
-            busy = watch.cpus_busy()
-            results.append(CellResult(cell, alone, whole, busy, busy > watch.cpus - threads + DISTURBANCE))
+            result = None
+            while workers and result is None:
+                try:
+                    timed = _measure(
+                        workers, cell, meters, settings=setup.settings, generator=generator, between=between
+                    )
+                    paced_ms = _paced(workers, cell, settings=setup.settings) if cell in paced else None
+                    result = replace(timed, paced_ms=paced_ms)
+                except _LimitMet as met:
+                    failed[met.name] = met.error
+                    del workers[met.name]
+            if result is not None:
+                results.append(result)
             done(cell)
-    return results
+    return results, failed
+
+
+def _measure(
+    workers: Mapping[str, Worker],
+    cell: Cell,
+    meters: Mapping[str, dict[str, Any]],
+    *,
+    settings: BenchSettings,
+    generator: np.random.Generator,
+    between: Callable[[], None],
+) -> CellResult:
+    """Time all models in one cell back to back, alone and, where asked for, from text to decision."""
+    watch = OtherWork([worker.pid for worker in workers.values()])
+    alone = _time_cell(workers, cell, texts=False, settings=settings, generator=generator, between=between)
+    whole = None
+    if cell.sequence == REPLAY and settings.end_to_end:
+        whole = _time_cell(workers, cell, texts=True, settings=settings, generator=generator, between=between)
+    busy = watch.cpus_busy()
+    for name, timing in alone.items():
+        least = meters[name]["least_joules"]
+        if timing.energy_joules is not None and not timing.energy_joules > least:
+            timing.energy_joules = None
+    source = next((meters[name]["energy_source"] for name in workers), None)
+    return CellResult(cell, alone, whole, None, source, busy, busy > watch.cpus - cell.threads + DISTURBANCE)
 
 
 def _time_cell(
-    workers: Sequence[Worker], cell: Cell, *, texts: bool, settings: BenchSettings, generator: np.random.Generator
-) -> list[Timing]:
+    workers: Mapping[str, Worker],
+    cell: Cell,
+    *,
+    texts: bool,
+    settings: BenchSettings,
+    generator: np.random.Generator,
+    between: Callable[[], None],
+) -> dict[str, Timing]:
     """Warm every worker up, then let each take its turn in every round, in an order drawn anew per round."""
     fields: dict[str, Any] = {"batch": cell.batch, "sequence": cell.sequence, "texts": texts}
-    timings = []
-    for worker in workers:
+    timings: dict[str, Timing] = {}
+    for name, worker in workers.items():
         time.sleep(SETTLE_SECONDS)
-        warm = worker.request("warm", seconds=settings.seconds_per_cell / WARM_UP_SHARE, count=WINDOW, **fields)
-        timings.append(Timing(warm, [], 0.0))
+        with _asking(name):
+            warm = worker.request("warm", seconds=settings.seconds_per_cell / WARM_UP_SHARE, count=WINDOW, **fields)
+        timings[name] = Timing(warm, [], 0.0, 0.0)
     seconds = settings.seconds_per_cell / settings.rounds
-    medians = [timing.warm_up["median_ms"] for timing in timings]
-    counts = [calls_per_round(median_ms, seconds=seconds) for median_ms in medians]
+    medians = {name: timing.warm_up["median_ms"] for name, timing in timings.items()}
+    counts = {name: calls_per_round(median_ms, seconds=seconds) for name, median_ms in medians.items()}
     most_seconds: float | None = OVERRUN * seconds
     if cell.sequence == REPLAY:  # never cut short: all models run the same requests
         most_seconds = None
-        counts = [requests_per_round(medians, batch=cell.batch, seconds=seconds)] * len(workers)
+        same = requests_per_round(list(medians.values()), batch=cell.batch, seconds=seconds)
+        counts = dict.fromkeys(medians, same)
+    names = list(workers)
     for number in range(settings.rounds):
-        for at in generator.permutation(len(workers)):
+        for at in generator.permutation(len(names)):
+            name = names[at]
             time.sleep(SETTLE_SECONDS)
-            turn = workers[at].request(
-                "turn",
-                lead=medians[at] < 1000 * seconds,
-                most_seconds=most_seconds,
-                start=number * counts[at],
-                count=counts[at],
-                **fields,
-            )
-            timings[at].rounds.append(turn["samples_ms"])
-            timings[at].cpu_seconds += turn["cpu_seconds"]
+            with _asking(name):
+                turn = workers[name].request(
+                    "turn",
+                    lead=medians[name] < 1000 * seconds,
+                    most_seconds=most_seconds,
+                    start=number * counts[name],
+                    count=counts[name],
+                    **fields,
+                )
+            between()
+            timing, joules = timings[name], turn["energy_joules"]
+            timing.rounds.append(turn["samples_ms"])
+            timing.cpu_seconds += turn["cpu_seconds"]
+            so_far = timing.energy_joules
+            timing.energy_joules = None if so_far is None or joules is None else so_far + joules
     return timings
+
+
+def _paced(workers: Mapping[str, Worker], cell: Cell, *, settings: BenchSettings) -> dict[str, list[float]]:
+    """Run one request per interval on each model in turn; all are given the same requests."""
+    found: dict[str, list[float]] = {}
+    for name, worker in workers.items():
+        with _asking(name):
+            found[name] = worker.request(
+                "paced",
+                interval_seconds=settings.paced_interval_ms / 1000,
+                batch=cell.batch,
+                sequence=cell.sequence,
+                count=settings.paced_requests,
+            )["samples_ms"]
+    return found
 
 
 def calls_per_round(median_ms: float, *, seconds: float) -> int:

@@ -5,12 +5,13 @@ whatever libraries print on stdout goes to stderr. It ends when stdin does. Only
 the "open" command, which times the imports. A known failure is answered as {"error": message}; anything else ends the process
 with its traceback on stderr, and `process.Worker` turns that into a sentence.
 
-Commands: "open" (backend, path, threads, artifact, seed, token_ids), "first" (sequence), "warm" and "turn" (a cell, see
-`_calls`), "memory" (batches), "evaluate" (out), "export" (teacher, path, exporter, opset, kind).
+Commands: "open" and "cold" (a model, see `_load`), "warm", "turn" and "paced" (a cell, see `_calls`), "memory" (batches),
+"evaluate" (out), "export" (teacher, path, exporter, opset, kind).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from bertemd_deploy.artifact import Artifact
     from bertemd_deploy.bench.end_to_end import Answerer
+    from bertemd_deploy.bench.energy import Meter
     from bertemd_deploy.bench.workload import Inputs, Workload
     from bertemd_deploy.tasks import Kind
 
@@ -53,11 +55,13 @@ class OnnxModel:
 
     parameters: int | None = None
 
-    def __init__(self, path: Path, *, artifact: Artifact, threads: int) -> None:
-        """Open the graph at `path`."""
+    def __init__(
+        self, path: Path, *, artifact: Artifact, threads: int, spinning: bool = False, arena: bool = True
+    ) -> None:
+        """Open the graph at `path`; the options are those of `runtime.open_session`."""
         from bertemd_deploy.runtime import open_session, run_session
 
-        self._run = partial(run_session, open_session(path, threads=threads))
+        self._run = partial(run_session, open_session(path, threads=threads, spinning=spinning, arena=arena))
 
     def run(self, inputs: Inputs) -> NDArray[np.float32]:
         """Return the logits of one batch, (batch, outputs) or (batch, sequence, outputs)."""
@@ -117,13 +121,21 @@ class Session:
     _artifact: Artifact
     _workload: Workload
     _answerer: Answerer | None = None
+    _meter: Meter | None = None
 
-    def open(
-        self, *, backend: str, path: str, threads: int, artifact: str, seed: int, token_ids: Sequence[int] | None = None
+    def _load(
+        self,
+        *,
+        backend: str,
+        path: str,
+        threads: int,
+        artifact: str,
+        token_ids: Sequence[int] | None = None,
+        options: dict[str, bool] | None = None,
     ) -> dict[str, Any]:
-        """Import the backend and open the model; import_ms, load_ms, rss_after_import_bytes, parameters.
+        """Import the backend and open the model: import_ms, load_ms, rss_after_import_bytes, parameters.
 
-        `token_ids` are the model's for each of the artifact's, where these differ.
+        `token_ids` are the model's for each of the artifact's, where these differ; `options` are those of the backend.
         """
         started = time.perf_counter()
         for module in IMPORTS[backend]:
@@ -132,16 +144,14 @@ class Session:
 
         from bertemd_deploy.artifact import Artifact
         from bertemd_deploy.bench.memory import rss_bytes
-        from bertemd_deploy.bench.workload import Workload
 
         self._artifact = Artifact.load(Path(artifact))
         rss = rss_bytes()
         loading = time.perf_counter()
-        self._model = MODELS[backend](Path(path), artifact=self._artifact, threads=threads)
+        self._model = MODELS[backend](Path(path), artifact=self._artifact, threads=threads, **(options or {}))
         loaded = time.perf_counter()
         if token_ids is not None:
             self._model = Translated(self._model, token_ids)
-        self._workload = Workload.load(self._artifact, seed=seed)
         return {
             "import_ms": 1000 * (imported - started),
             "load_ms": 1000 * (loaded - loading),
@@ -149,35 +159,60 @@ class Session:
             "parameters": self._model.parameters,
         }
 
-    def first(self, *, sequence: int) -> dict[str, Any]:
-        """Run one example of `sequence` tokens: first_ms."""
-        inputs = self._workload.synthetic(batch=1, sequence=sequence)
+    def open(self, *, seed: int, **model: Any) -> dict[str, Any]:
+        """Open the model and make its work ready; as `_load`, and energy_source and least_joules of the machine's meter."""
+        opened = self._load(**model)
+
+        from bertemd_deploy.bench.energy import find_meter
+        from bertemd_deploy.bench.workload import Workload
+
+        self._workload = Workload.load(self._artifact, seed=seed)
+        self._meter = find_meter()
+        source, least = (None, None) if self._meter is None else (self._meter.source, self._meter.least_joules)
+        return opened | {"energy_source": source, "least_joules": least}
+
+    def cold(self, *, input_ids: list[list[int]], **model: Any) -> dict[str, Any]:
+        """Open the model and answer once, as a service does on its start, and nothing else; as `_load`, and first_ms."""
+        opened = self._load(**model)
+
+        import numpy as np
+
+        ids = np.array(input_ids, dtype=np.int64)
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
         started = time.perf_counter()
         self._model.run(inputs)
-        return {"first_ms": 1000 * (time.perf_counter() - started)}
+        return opened | {"first_ms": 1000 * (time.perf_counter() - started)}
 
     def warm(self, *, seconds: float, **cell: Any) -> dict[str, Any]:
-        """Warm up on a cell: calls, steady, median_ms."""
+        """Warm up on a cell: calls, steady, median_ms, settled_after."""
         from bertemd_deploy.bench.latency import warm_up
 
-        done = warm_up(self._calls(**cell), seconds=seconds)
-        return {"calls": done.calls, "steady": done.steady, "median_ms": done.median_ms}
+        return dataclasses.asdict(warm_up(self._calls(**cell), seconds=seconds))
 
     def turn(self, *, lead: bool, most_seconds: float | None, **cell: Any) -> dict[str, Any]:
-        """Time the calls of a cell: samples_ms, cpu_seconds."""
-        from bertemd_deploy.bench.latency import timed_turn
+        """Time the calls of a cell: samples_ms, cpu_seconds, energy_joules."""
+        from bertemd_deploy.bench.latency import no_counter, timed_turn
 
-        done = timed_turn(self._calls(**cell), lead=lead, most_seconds=most_seconds)
-        return {"samples_ms": done.samples_ms, "cpu_seconds": done.cpu_seconds}
+        joules = no_counter if self._meter is None else self._meter.joules
+        calls = self._calls(**cell)
+        return dataclasses.asdict(timed_turn(calls, lead=lead, most_seconds=most_seconds, joules=joules))
+
+    def paced(self, *, interval_seconds: float, **cell: Any) -> dict[str, Any]:
+        """Time the calls of a cell, one per interval: samples_ms, idle_seconds, idle_cpu_seconds."""
+        from bertemd_deploy.bench.latency import paced_turn
+
+        return dataclasses.asdict(paced_turn(self._calls(**cell), interval_seconds=interval_seconds))
 
     def memory(self, *, batches: list[int]) -> dict[str, Any]:
-        """Run rows of mixed lengths at every batch size: peak_rss_bytes of the process since its start."""
-        from bertemd_deploy.bench.memory import peak_rss_bytes
+        """Run rows of mixed lengths at every batch size: peak_rss_bytes since the start, final_rss_bytes, requests."""
+        from bertemd_deploy.bench.memory import peak_rss_bytes, rss_bytes
 
+        requests = 0
         for batch in batches:
             for inputs in self._workload.memory_requests(batch=batch):
                 self._model.run(inputs)
-        return {"peak_rss_bytes": peak_rss_bytes()}
+                requests += 1
+        return {"peak_rss_bytes": peak_rss_bytes(), "final_rss_bytes": rss_bytes(), "requests": requests}
 
     def evaluate(self, *, out: str) -> dict[str, Any]:
         """Run the whole evaluation slice and write its logits, shaped by `runtime.collect_logits`, to the npy file `out`."""
@@ -230,9 +265,13 @@ def take_stdout() -> TextIO:
 
 def main() -> None:
     """Answer commands until stdin ends."""
+    serve(Session())
+
+
+def serve(session: object) -> None:
+    """Answer commands until stdin ends; each is a public method of `session`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our stdin
     channel = take_stdout()
-    session = Session()
     for line in sys.stdin:
         message = json.loads(line)
         command: Callable[..., dict[str, Any]] = getattr(session, message.pop("command"))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Inputs = dict[str, NDArray[np.int64]]
 REPLAY: Literal["replay"] = "replay"
 MEMORY_ROWS = 64  # rows of the memory pass, besides the longest one
+PACED_TOKENS = 32  # the fixed length nearest to it is also run one request at a time
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,18 @@ def plan_cells(
             'Ask for bench.sequence_lengths=["max"] and bench.threads=["all"].'
         )
     return cells, notes
+
+
+def paced_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells that are also run one request at a time: single examples with the most threads.
+
+    These are the replay, and the fixed length nearest to 32 tokens, the shorter of two.
+    """
+    most = max((cell.threads for cell in cells), default=0)
+    single = [cell for cell in cells if cell.batch == 1 and cell.threads == most]
+    fixed = {cell.sequence for cell in single if isinstance(cell.sequence, int)}
+    nearest = sorted(fixed, key=lambda tokens: (abs(tokens - PACED_TOKENS), tokens))[:1]
+    return [cell for cell in single if cell.sequence in (*nearest, REPLAY)]
 
 
 class Workload:

@@ -1,32 +1,54 @@
-"""Figures of one device: latency against length, score against latency, memory and size, cold start."""
+"""Figures of one record: latency against length, what threads give, memory and size, cold start, in the page's order."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bertemd_deploy.report.drawing import GRID, INK, Drawing, canvas, legend, look, to_svg
-from bertemd_deploy.report.records import Cell, Record, Variant, count
-from bertemd_deploy.report.summary import Comparison
-from bertemd_deploy.report.text import digits, megabytes, milliseconds, number, score
+from bertemd_deploy.report.drawing import (
+    GRID,
+    INK,
+    Drawing,
+    Marks,
+    Point,
+    canvas,
+    curve,
+    legend,
+    look,
+    plain_log_axis,
+    reach,
+    short,
+    to_svg,
+    value_text,
+)
+from bertemd_deploy.report.pareto import score_by_latency
+from bertemd_deploy.report.records import Record, Variant, count
+from bertemd_deploy.report.summary import Comparison, Row
+from bertemd_deploy.report.text import digits, megabytes, milliseconds, number
+from bertemd_deploy.report.usage_figures import memory_arena, paced_latency, thread_scaling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLD_PARTS = ("import", "load", "first")
-COLD_COLORS = ("#cbd2d9", "#7b8794", "#323f4b")  # neither teacher nor student: parts of a time
-Points = Sequence[tuple[int, float]]
+COLD_NAMES = ("start of the process", "import", "load", "first answer")
+COLD_COLORS = ("#f0c48a", "#cbd2d9", "#7b8794", "#323f4b")  # neither teacher nor student: parts of a time
 
 
 def device_figures(comparison: Comparison, *, name: str) -> list[Drawing]:
-    """Return the figures of one device, in the page's order, leaving out those whose numbers were not measured."""
-    found = (
+    """Return the figures of one record, in the page's order, leaving out those whose numbers were not measured."""
+    found = [
         latency_by_length(comparison.record, name=name),
         score_by_latency(comparison, name=name),
+        thread_scaling(comparison, name=name),
         memory_and_size(comparison, name=name),
-        cold_start(comparison, name=name),
-    )
+    ]
+    if not comparison.record.estimated:
+        found += [
+            paced_latency(comparison, name=name),
+            memory_arena(comparison, name=name),
+            cold_start(comparison, name=name),
+        ]
     return [drawing for drawing in found if drawing]
 
 
@@ -48,144 +70,77 @@ def latency_by_length(record: Record, *, name: str) -> Drawing | None:
         + "; ".join(f"{variant.label} {_ends(points)}" for variant, points in curves.items())
         for amount, curves in panels.items()
     ]
-    alternative = f"Median latency at batch {batch} by input length, {'. '.join(said)}."
+    what = "Estimated median latency" if record.estimated else "Median latency"
+    alternative = f"{what} at batch {batch} by input length, {'. '.join(said)}."
+    marks = Marks()
     with canvas(f"latency-{name}", height=3.2) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        handles: dict[str, Any] = {}
+        handles: dict[Variant, Any] = {}
         for panel, (amount, curves) in zip(axes, panels.items(), strict=True):
             panel.set_yscale("log")
             panel.set_xscale("log", base=2)
             for variant, points in curves.items():
-                style = look(variant)
-                (line,) = panel.plot(
-                    *zip(*points, strict=True), color=style.color, marker=style.marker, ls=style.dashes, ms=4
-                )
-                handles[variant.label] = line
-            ticks = sorted({length for points in curves.values() for length, _ in points})
+                tips = [
+                    f"{variant.label}: {value_text(value, span, estimated=record.estimated)} at {length} tokens"
+                    for length, value, span in points
+                ]
+                handles[variant] = curve(panel, variant, points, tips=tips, marks=marks)
+            ticks = sorted({length for points in curves.values() for length, *_ in points})
             panel.set_xticks(ticks, [str(tick) for tick in ticks])
             panel.minorticks_off()
             panel.set_title(count(amount, "thread"))
             panel.set_xlabel("tokens")
             panel.grid(True)
-        _plain_log_axis(
-            axes[0], [value for curves in panels.values() for points in curves.values() for _, value in points]
-        )
+        drawn = [point for curves in panels.values() for points in curves.values() for point in points]
+        plain_log_axis(axes[0], reach(drawn))
         axes[0].set_ylabel(f"p50 in ms, batch {batch}")
-        legend(figure, handles)
-        svg = to_svg(figure, alternative=alternative)
-    return Drawing(
-        "Latency against input length",
-        f"Median time of one call at batch {batch}, logarithmic: equal distances are equal factors. Lower is better.",
-        alternative,
-        svg,
+        labels = {variant.label: handle for variant, handle in handles.items()}
+        legend(figure, labels, marks=marks, keys=[variant.key for variant in handles])
+        svg = to_svg(figure, alternative=alternative, marks=marks)
+    caption = (
+        f"Median time of one call at batch {batch}, logarithmic: equal distances are equal factors. Lower is better."
     )
+    caption += _bars_mean(
+        record, any(span for curves in panels.values() for line in curves.values() for *_, span in line)
+    )
+    return Drawing("Latency against input length", caption, alternative, svg)
 
 
-def _curves(record: Record, *, batch: int, threads: int) -> dict[Variant, Points]:
-    curves: dict[Variant, Points] = {}
+def _bars_mean(record: Record, drawn: bool) -> str:
+    if record.estimated:
+        return " Estimates; the thin bars are their intervals."
+    return " The thin bars are 95% intervals." if drawn else ""
+
+
+def _curves(record: Record, *, batch: int, threads: int) -> dict[Variant, list[Point]]:
+    curves: dict[Variant, list[Point]] = {}
     for variant in record.variants:
-        points = sorted(
-            (cell.sequence, value)
+        points = [
+            (cell.sequence, value, record.interval(variant, cell))
             for owner, cell in record.cells
             if owner == variant and (cell.batch, cell.threads) == (batch, threads) and isinstance(cell.sequence, int)
             if (value := record.latency(variant, cell)) is not None and value > 0
-        )
+        ]
         if points:
-            curves[variant] = points
+            curves[variant] = sorted(points, key=lambda point: point[0])
     return curves
 
 
-def _ends(points: Points) -> str:
-    (shortest, low), (longest, high) = points[0], points[-1]
+def _ends(points: Sequence[Point]) -> str:
+    (shortest, low, _), (longest, high, _) = points[0], points[-1]
     if shortest == longest:
         return f"{milliseconds(low)} at {shortest} tokens"
     return f"{milliseconds(low)} at {shortest} to {milliseconds(high)} at {longest} tokens"
 
 
-def _plain_log_axis(axes: Axes, values: Sequence[float], *, which: str = "y") -> None:
-    """Label a logarithmic axis with plain numbers, 1, 2 and 5 of each decade, and leave room around `values`."""
-    low, high = min(values) / 1.25, max(values) * 1.25
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps: tuple[float, ...] = (1, 2, 5) if high / low < 400 else (1,)
-    if high / low < 6:
-        steps = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8)
-    ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
-    labels = [f"{tick:g}" for tick in ticks]
-    if which == "y":
-        axes.set_ylim(low, high)
-        axes.set_yticks(ticks, labels)
-    else:
-        axes.set_xlim(low, high)
-        axes.set_xticks(ticks, labels)
-    axes.minorticks_off()
-
-
-def score_by_latency(comparison: Comparison, *, name: str) -> Drawing | None:
-    """Return each model's gating metric against its median latency, with the edge no other model beats on both."""
-    metric = next(iter(comparison.record.metric_names), None)
-    points: dict[Variant, tuple[float, float]] = {}
-    for row in comparison.rows:
-        value = row.metrics.get(metric) if metric else None
-        if value is not None and row.p50_ms is not None and row.p50_ms > 0:
-            points[row.variant] = (row.p50_ms, value)
-    if len(points) < 2 or metric is None or comparison.cell is None:
-        return None
-    said = "; ".join(
-        f"{variant.label} {score(value)} at {milliseconds(time)}" for variant, (time, value) in points.items()
-    )
-    alternative = f"{metric} against median latency ({comparison.cell.label}): {said}."
-    with canvas(f"pareto-{name}", height=3.2) as figure:
-        axes = figure.subplots()
-        axes.set_xscale("log")
-        edge = _edge(list(points.values()))
-        axes.plot(*zip(*edge, strict=True), color="#9aa5b1", lw=1, drawstyle="steps-post", zorder=1)
-        handles: dict[str, Any] = {}
-        for variant, (time, value) in points.items():
-            style = look(variant)
-            handles[variant.label] = axes.scatter(
-                [time],
-                [value],
-                s=52,
-                color=style.color,
-                marker=style.marker,
-                edgecolor="white",
-                linewidth=0.8,
-                zorder=3,
-            )
-        _plain_log_axis(axes, [time for time, _ in points.values()], which="x")
-        axes.margins(y=0.18)
-        axes.set_xlabel(f"p50 in ms ({_conditions(comparison.cell)})")
-        axes.set_ylabel(metric)
-        axes.grid(True)
-        legend(figure, handles)
-        svg = to_svg(figure, alternative=alternative)
-    return Drawing(
-        f"{metric.capitalize()} against latency",
-        "Upper left is better. The grey line joins the models that no other beats in both.",
-        alternative,
-        svg,
-    )
-
-
-def _conditions(cell: Cell) -> str:
-    length = "replay" if isinstance(cell.sequence, str) else f"{cell.sequence} tokens"
-    return f"batch {cell.batch}, {length}, {count(cell.threads, 'thread')}"
-
-
-def _edge(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points, fastest first, that score more than every faster one."""
-    edge: list[tuple[float, float]] = []
-    for time, value in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not edge or value > edge[-1][1]:
-            edge.append((time, value))
-    return edge
-
-
 def memory_and_size(comparison: Comparison, *, name: str) -> Drawing | None:
     """Return bars of model size and peak memory for every model."""
+    estimated = comparison.record.estimated
     panels = {
         "Model file": {row.variant: row.model_bytes for row in comparison.rows},
-        "Peak memory": {row.variant: row.peak_rss_bytes for row in comparison.rows},
+        "Peak memory" + (", estimate" if estimated else ""): {
+            row.variant: row.peak_rss_bytes for row in comparison.rows
+        },
     }
     panels = {title: bars for title, bars in panels.items() if any(value is not None for value in bars.values())}
     if not panels:
@@ -195,29 +150,42 @@ def memory_and_size(comparison: Comparison, *, name: str) -> Drawing | None:
         for title, bars in panels.items()
     ]
     alternative = ". ".join(said) + "."
+    marks = Marks()
     with canvas(f"memory-{name}", height=max(1.6, 0.9 + 0.36 * len(comparison.rows))) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for panel, (title, bars) in zip(axes, panels.items(), strict=True):
-            _bars(panel, title, bars)
-        axes[0].set_yticks(range(len(comparison.rows)), [_short(row.variant) for row in comparison.rows])
+            _bars(panel, title, bars, rows=comparison.rows, marks=marks)
+        axes[0].set_yticks(range(len(comparison.rows)), [short(row.variant) for row in comparison.rows])
         axes[0].invert_yaxis()
-        svg = to_svg(figure, alternative=alternative)
-    return Drawing(
-        "Memory and size",
-        "Megabytes of 10⁶ bytes. Peak memory is the most the fresh process held, interpreter and libraries included.",
-        alternative,
-        svg,
-    )
+        svg = to_svg(figure, alternative=alternative, marks=marks)
+    caption = "Megabytes of 10⁶ bytes."
+    if any(title.startswith("Peak") for title in panels):
+        caption += (
+            " Peak memory is an estimate with its interval."
+            if estimated
+            else " Peak memory is the most the fresh process held, interpreter and libraries included."
+        )
+    return Drawing("Memory and size", caption, alternative, svg)
 
 
-def _bars(axes: Axes, title: str, bars: Mapping[Variant, float | None]) -> None:
-    top = max(value for value in bars.values() if value is not None) / 1e6 or 1.0
-    for place, (variant, value) in enumerate(bars.items()):
+def _bars(axes: Axes, title: str, bars: Mapping[Variant, float | None], *, rows: Sequence[Row], marks: Marks) -> None:
+    spans = {row.variant: row.peak_rss_interval for row in rows} if title.startswith("Peak") else {}
+    ends = [value for value in bars.values() if value is not None] + [span.high for span in spans.values() if span]
+    top = max(ends) / 1e6 or 1.0
+    for place, (row, (variant, value)) in enumerate(zip(rows, bars.items(), strict=True)):
         if value is None:
-            axes.text(0, place, " not measured", va="center", fontsize=8, color=INK, style="italic")
+            words = " did not fit" if row.failed else " not measured"
+            marks.add(axes.text(0, place, words, va="center", fontsize=8, color=INK, style="italic"), variant.key)
             continue
-        axes.barh(place, value / 1e6, height=0.62, color=look(variant).color)
-        axes.text(value / 1e6 + top * 0.03, place, digits(value / 1e6), va="center", fontsize=8)
+        (bar,) = axes.barh(place, value / 1e6, height=0.62, color=look(variant).color)
+        marks.add(bar, variant.key, [f"{variant.label}, {title.lower()}: {megabytes(value)}"])
+        end = value / 1e6
+        if (span := spans.get(variant)) is not None:
+            line = axes.hlines(place, span.low / 1e6, span.high / 1e6, color=INK, lw=1)
+            marks.add(line, variant.key)
+            end = max(end, span.high / 1e6)
+        label = axes.text(end + top * 0.03, place, digits(value / 1e6), va="center", fontsize=8)
+        marks.add(label, variant.key)
     axes.set_xlim(0, top * 1.28)
     axes.set_title(title)
     axes.set_xlabel("MB")
@@ -227,51 +195,64 @@ def _bars(axes: Axes, title: str, bars: Mapping[Variant, float | None]) -> None:
 
 
 def cold_start(comparison: Comparison, *, name: str) -> Drawing | None:
-    """Return bars of the time from a fresh process to its first answer, in its three parts."""
+    """Return bars of the time from a fresh process to its first answer, in its parts."""
     record = comparison.record
-    parts = {
-        row.variant: [number(record.fact(row.variant, "cold_start_ms", part)) for part in COLD_PARTS]
-        for row in comparison.rows
-    }
-    known = {variant: [part for part in times if part is not None] for variant, times in parts.items()}
-    known = {variant: times for variant, times in known.items() if len(times) == len(COLD_PARTS)}
+    parts = {row.variant: _cold_parts(record, row.variant) for row in comparison.rows}
+    known = {variant: times for variant, times in parts.items() if times}
     if not known:
         return None
+    names = [part for part in COLD_NAMES if any(part in times for times in known.values())]
     said = "; ".join(
-        f"{variant.label} {milliseconds(sum(times))} ("
-        + ", ".join(f"{part} {milliseconds(time)}" for part, time in zip(COLD_PARTS, times, strict=True))
+        f"{variant.label} {milliseconds(sum(times.values()))} ("
+        + ", ".join(f"{part} {milliseconds(time)}" for part, time in times.items())
         + ")"
         for variant, times in known.items()
     )
     alternative = f"Cold start: {said}."
+    marks = Marks()
     with canvas(f"cold-{name}", height=max(1.9, 1.2 + 0.36 * len(known))) as figure:
         axes = figure.subplots()
-        starts = [0.0] * len(known)
+        starts = dict.fromkeys(known, 0.0)
         handles: dict[str, Any] = {}
-        for at, (part, color) in enumerate(zip(COLD_PARTS, COLD_COLORS, strict=True)):
-            widths = [times[at] for times in known.values()]
-            bars = axes.barh(
-                range(len(known)), widths, left=starts, height=0.62, color=color, edgecolor="white", lw=0.6
-            )
-            handles["first answer" if part == "first" else part] = bars
-            starts = [start + width for start, width in zip(starts, widths, strict=True)]
-        for place, total in enumerate(starts):
-            axes.text(total + max(starts) * 0.02, place, digits(total), va="center", fontsize=8)
-        axes.set_yticks(range(len(known)), [_short(variant) for variant in known])
+        for part in names:
+            for place, (variant, times) in enumerate(known.items()):
+                if part not in times:
+                    continue
+                color = COLD_COLORS[COLD_NAMES.index(part)]
+                (bar,) = axes.barh(
+                    place, times[part], left=starts[variant], height=0.62, color=color, edgecolor="white", lw=0.6
+                )
+                marks.add(bar, variant.key, [f"{variant.label}, {part}: {milliseconds(times[part])}"])
+                handles.setdefault(part, bar)
+                starts[variant] += times[part]
+        for place, (variant, total) in enumerate(starts.items()):
+            text = axes.text(total + max(starts.values()) * 0.02, place, digits(total), va="center", fontsize=8)
+            marks.add(text, variant.key)
+        axes.set_yticks(range(len(known)), [short(variant) for variant in known])
         axes.invert_yaxis()
-        axes.set_xlim(0, max(starts) * 1.14)
+        axes.set_xlim(0, max(starts.values()) * 1.14)
         axes.set_xlabel("ms")
         axes.grid(True, axis="x", color=GRID)
         axes.tick_params(axis="y", length=0)
-        legend(figure, handles, columns=3)
-        svg = to_svg(figure, alternative=alternative)
+        legend(figure, handles, columns=2 if len(names) > 3 else 3)
+        svg = to_svg(figure, alternative=alternative, marks=marks)
     return Drawing(
         "Cold start",
-        "From a fresh process to its first answer: importing the runtime, loading the model, one call.",
+        "From a fresh process to its first answer: importing the runtime, loading the model, one call."
+        + (" The start of the process is what is left of the whole, seen from outside." if len(names) > 3 else ""),
         alternative,
         svg,
     )
 
 
-def _short(variant: Variant) -> str:
-    return variant.label.removeprefix("Student ").replace("Teacher, ", "Teacher\n")
+def _cold_parts(record: Record, variant: Variant) -> dict[str, float]:
+    """Return the parts of a cold start in ms, the process's own start first where the whole was measured; empty if unknown."""
+    times = [number(record.fact(variant, "cold_start_ms", part)) for part in COLD_PARTS]
+    known = [time for time in times if time is not None]
+    if len(known) != len(times):
+        return {}
+    parts = dict(zip(COLD_NAMES[1:], known, strict=True))
+    whole = number(record.fact(variant, "cold_start_ms", "process"))
+    if whole is not None and whole > sum(known):
+        return {COLD_NAMES[0]: whole - sum(known)} | parts
+    return parts

@@ -1,67 +1,89 @@
-"""The page: one HTML file with its style and figures inside, in the order a reader asks.
+"""The page: one HTML file with its style, figures and script inside, in the order a reader asks.
 
-Every text that came from a record passes through `_text`; nothing is loaded, and there is no script.
+Nothing is loaded. The script only adds to what is there (see page.js): every number can be read without it. The page stays
+below `MOST_BYTES`; where it would not, what is longest and least asked for is left out and the page says so.
 """
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bertemd_deploy.report.artifact_tables import invariance_table, parity_table, settings_table, trials_table
 from bertemd_deploy.report.changes import change_list, change_sentences, change_table
-from bertemd_deploy.report.drawing import Drawing
 from bertemd_deploy.report.figures import device_figures
+from bertemd_deploy.report.gates import baseline_table, budget_table, stands
+from bertemd_deploy.report.kinds import BADGES, noise_sentence
 from bertemd_deploy.report.mapping import distillation_figures
-from bertemd_deploy.report.records import Record, count
+from bertemd_deploy.report.markup import (
+    details,
+    figures_of,
+    section,
+    share_styles,
+    switches,
+    table_of,
+    text_of,
+    tiles_of,
+    titled,
+)
+from bertemd_deploy.report.method import method
+from bertemd_deploy.report.overview import overview_tables
+from bertemd_deploy.report.pareto import students_figures
+from bertemd_deploy.report.records import Record
 from bertemd_deploy.report.summary import Comparison, head
-from bertemd_deploy.report.tables import (
-    Line,
-    Table,
-    comparison_table,
-    invariance_table,
-    machine_table,
-    measurement_table,
-    parity_table,
-    settings_table,
-    trials_table,
-    versions_table,
-)
-from bertemd_deploy.report.text import (
-    NOT_MEASURED,
-    dig,
-    megabytes,
-    milliseconds,
-    number,
-    percent,
-    ratio,
-    sentence,
-    words,
-)
+from bertemd_deploy.report.tables import comparison_table, measurement_table
+from bertemd_deploy.report.text import between, joined, megabytes, milliseconds, percent, ratio, sentence, words
+from bertemd_deploy.report.usage import usage_table
 from bertemd_deploy.report.verdict import excess_drop, remarks, verdict
 
-_UNIT = re.compile(r"(?<=\d) (?=(?:ms|kB|MB|GB)\b)|(?<=\bp) (?=[=<] \d)|(?<=\bp [=<]) (?=\d)")  # these stay on one line
+MOST_BYTES = 1_000_000
+EXAMPLES, CELLS, FIGURES = "the examples decided otherwise", "every measured cell", "the figures of each device"
 STYLE = Path(__file__).with_name("page.css")
+SCRIPT = Path(__file__).with_name("page.js")
 
 
 def to_html(comparisons: Sequence[Comparison]) -> str:
-    """Return the whole page for one comparison per device, all of one artifact."""
+    """Return the whole page for one comparison per record, all of one task and teacher."""
+    drawn = [figures_of(device_figures(comparison, name=str(place))) for place, comparison in enumerate(comparisons)]
+    taught = _distillation([comparison.record for comparison in comparisons])
+    students = figures_of(students_figures(comparisons))
+    page = ""
+    for left_out in ((), (EXAMPLES,), (EXAMPLES, CELLS), (EXAMPLES, CELLS, FIGURES)):
+        page = _page(comparisons, drawn=drawn, taught=taught, students=students, left_out=left_out)
+        if len(page.encode()) < MOST_BYTES:
+            break
+    return page
+
+
+def _page(
+    comparisons: Sequence[Comparison],
+    *,
+    drawn: Sequence[str],
+    taught: Sequence[str],
+    students: str,
+    left_out: Sequence[str],
+) -> str:
     records = [comparison.record for comparison in comparisons]
     top = head(records)
-    measured = "".join(_per_device(comparisons, _measurements))
+    measured = "" if CELLS in left_out else "".join(_per_device(comparisons, _measurements))
+    figures = [] if FIGURES in left_out else _per_device(comparisons, lambda _, place: drawn[place])
     sections = [
-        _section("verdict", "Verdict", [_verdict(comparison, alone=len(records) == 1) for comparison in comparisons]),
-        _section("comparison", "Side by side", _per_device(comparisons, _comparison)),
-        _section("changes", "What changed", _per_device(comparisons, _changes)),
-        _section("figures", "Speed, score and memory", _per_device(comparisons, _device_figures)),
-        _section("mapping", "Which teacher layer taught which", _distillation(records)),
-        _section("quantization", "Quantization and parity", _quantization(records)),
-        _section(
-            "measurements", "All measurements", [_details("Show every measured cell", measured)] if measured else []
+        section("overview", "At a glance", _overview(comparisons)),
+        section("students", "Students side by side", [students]),
+        section("verdict", "Verdict", [_verdict(*pair, alone=len(records) == 1) for pair in enumerate(comparisons)]),
+        section("comparison", "Side by side", _per_device(comparisons, _comparison)),
+        section("usage", "In use", _per_device(comparisons, _usage)),
+        section("changes", "What changed", _changes(comparisons, examples=EXAMPLES not in left_out)),
+        section("figures", "Speed, score and memory", figures),
+        section("mapping", "Which teacher layer taught which", taught),
+        section("quantization", "Quantization and parity", _quantization(records)),
+        section(
+            "measurements", "All measurements", [details("Show every measured cell", measured)] if measured else []
         ),
-        _section("method", "Machine, versions, and how the numbers were got", _method(comparisons)),
+        section("method", "Machine, versions, and how the numbers were got", method(records)),
     ]
+    styles, body = share_styles("\n".join(filter(None, sections)))
+    cut = f" Left out to keep the page small: {joined(left_out)}." if left_out else ""
     return "\n".join(
         [
             "<!doctype html>",
@@ -69,16 +91,18 @@ def to_html(comparisons: Sequence[Comparison]) -> str:
             "<head>",
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(top.title)}</title>",
-            f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>",
+            f"<title>{text_of(top.title)}</title>",
+            f"<style>\n{STYLE.read_text(encoding='utf-8')}{styles}</style>",
             "</head>",
             "<body>",
-            f'<header>\n<h1>{_text(top.title)}</h1>\n<p class="kicker">{_text(top.subtitle)}</p>\n</header>',
+            f'<header>\n<h1>{text_of(top.title)}</h1>\n<p class="kicker">{text_of(top.subtitle)}</p>\n</header>',
+            switches(_models(records), [(_key(place), record.title) for place, record in enumerate(records)]),
             "<main>",
-            *filter(None, sections),
+            body,
             "</main>",
             "<footer>Everything here comes from the bench records, kept whole in report.json beside this page; "
-            "report.md is the summary for a pull request.</footer>",
+            f"report.md is the summary for a pull request.{text_of(cut)}</footer>",
+            f"<script>\n{SCRIPT.read_text(encoding='utf-8')}</script>",
             "</body>",
             "</html>",
             "",
@@ -86,127 +110,157 @@ def to_html(comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def _text(value: str) -> str:
-    return html.escape(_UNIT.sub("\N{NO-BREAK SPACE}", value), quote=True)
+def _key(place: int) -> str:
+    """Return what a record's parts of the page are marked with."""
+    return f"device-{place}"
 
 
-def _section(name: str, title: str, parts: Sequence[str]) -> str:
-    content = "\n".join(filter(None, parts))
-    if not content:
-        return ""
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{_text(title)}</h2>\n{content}\n</section>'
+def _models(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Return key and label of every model on the page, once."""
+    return list({variant.key: variant.label for record in records for variant in record.variants}.items())
 
 
 def _per_device(comparisons: Sequence[Comparison], content: Callable[[Comparison, int], str]) -> list[str]:
-    """Return `content` of every device, under its name where there are several."""
+    """Return `content` of every record, under its name where there are several."""
     parts = []
     for place, comparison in enumerate(comparisons):
         text = content(comparison, place)
         if text and len(comparisons) > 1:
-            text = f"<h3>{_text(comparison.record.name)}</h3>\n{text}"
+            text = f'<div data-device="{_key(place)}">\n<h3>{text_of(comparison.record.title)}</h3>\n{text}\n</div>'
         parts.append(text)
     return parts
 
 
-def _verdict(comparison: Comparison, *, alone: bool) -> str:
-    caution = excess_drop(comparison) is not None
+def _overview(comparisons: Sequence[Comparison]) -> list[str]:
+    return [table_of(table) for table in overview_tables(comparisons)] if len(comparisons) > 1 else []
+
+
+def _verdict(place: int, comparison: Comparison, *, alone: bool) -> str:
+    record = comparison.record
+    careful = comparison.student is None or excess_drop(comparison) is not None
+    careful = careful or not stands(record) or noise_sentence(record) is not None
     return "\n".join(
         filter(
             None,
             [
-                f'<div class="verdict{" caution" if caution else ""}">',
-                "" if alone else f"<h3>{_text(comparison.record.name)}</h3>",
-                f'<p class="sentence">{_text(verdict(comparison))}</p>',
-                *(f'<p class="remark">{_text(remark)}</p>' for remark in remarks(comparison)),
-                _tiles(comparison),
+                f'<div class="verdict{" caution" if careful else ""}" data-device="{_key(place)}">',
+                "" if alone else f"<h3>{text_of(record.name)}</h3>",
+                f'<p class="badge {text_of(record.kind)}">{text_of(BADGES.get(record.kind, record.kind))}</p>',
+                f'<p class="sentence">{text_of(verdict(comparison))}</p>',
+                tiles_of(_tiles(comparison)),
+                *(f'<p class="remark">{text_of(remark)}</p>' for remark in remarks(comparison)),
+                table_of(budget_table(record)),
+                table_of(baseline_table(record)),
                 "</div>",
             ],
         )
     )
 
 
-def _tiles(comparison: Comparison) -> str:
-    """Return the key numbers of the student beside the teacher's, those that were measured."""
-    student, teacher = comparison.student, comparison.teacher
+def _tiles(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Return the key numbers of the student beside the teacher's, those that are known."""
+    record, student, teacher = comparison.record, comparison.student, comparison.teacher
     if student is None:
-        return ""
+        return []
     tiles: list[tuple[str, str, str]] = []
     if student.retention is not None:
-        tiles.append((f"{comparison.record.metric_names[0]} kept", percent(student.retention), "of the teacher's"))
-    if student.speedup is not None and student.speedup.outcome != "same":
+        tiles.append((f"{record.metric_names[0]} kept", percent(student.retention), "of the teacher's"))
+    if student.speedup is not None and student.speedup.outcome != "same" and not record.estimated:
         gain = student.speedup if student.speedup.outcome == "faster" else student.speedup.inverse
         tiles.append(
             (f"{student.speedup.outcome} than the teacher", ratio(gain.value), f"95% interval {gain.interval}")
         )
-    pairs = (
-        ("median latency", milliseconds, student.p50_ms, teacher.p50_ms if teacher else None),
-        ("model size", megabytes, student.model_bytes, teacher.model_bytes if teacher else None),
-        ("peak memory", megabytes, student.peak_rss_bytes, teacher.peak_rss_bytes if teacher else None),
+    triples = (
+        ("median latency", milliseconds, student.p50_ms, student.p50_interval, teacher.p50_ms if teacher else None),
+        (
+            "peak memory",
+            megabytes,
+            student.peak_rss_bytes,
+            student.peak_rss_interval,
+            teacher.peak_rss_bytes if teacher else None,
+        ),
     )
-    for name, write, own, other in pairs:
-        if own is not None:
-            tiles.append((name, write(own), f"teacher {write(other)}" if teacher else ""))
-    items = "".join(
-        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(detail)}</small></dd></div>"
-        for name, value, detail in tiles
-    )
-    return f'<dl class="tiles">{items}</dl>' if items else ""
+    for name, write, own, interval, other in triples:
+        if own is None:
+            continue
+        around = between(*interval, write=write) if interval else ""
+        if record.estimated:
+            tiles.append((f"{name}, estimate", write(own), f"interval {around}"))
+        else:
+            against = f"teacher {write(other)}" if teacher else ""
+            tiles.append((name, write(own), "; ".join(filter(None, [around and f"95%: {around}", against]))))
+    if student.model_bytes is not None:
+        against = f"teacher {megabytes(teacher.model_bytes)}" if teacher else ""
+        tiles.append(("model size", megabytes(student.model_bytes), against))
+    return tiles
 
 
 def _comparison(comparison: Comparison, place: int) -> str:
-    return _table(comparison_table(comparison)) if comparison.rows else ""
+    return table_of(comparison_table(comparison)) if comparison.rows else ""
 
 
-def _changes(comparison: Comparison, place: int) -> str:
-    record = comparison.record
-    steps, listed = change_table(record), change_list(record)
-    if steps is None:
-        return ""
-    said = "".join(
-        f"<li><strong>{_text(name)}:</strong> {_text(words)}</li>" for name, words in change_sentences(record).items()
-    )
-    shown = f'<div class="list">\n{_table(listed)}\n</div>' if listed else ""
-    folded = _details("Show the examples decided otherwise", shown) if listed else ""
-    return f"<ul>{said}</ul>\n{_table(steps)}\n{folded}"
-
-
-def _device_figures(comparison: Comparison, place: int) -> str:
-    return _figures(device_figures(comparison, name=str(place)))
+def _usage(comparison: Comparison, place: int) -> str:
+    return table_of(usage_table(comparison))
 
 
 def _measurements(comparison: Comparison, place: int) -> str:
-    return _table(measurement_table(comparison.record)) if comparison.record.cells else ""
+    return table_of(measurement_table(comparison.record)) if comparison.record.cells else ""
+
+
+def _changes(comparisons: Sequence[Comparison], *, examples: bool) -> list[str]:
+    """Return what changed from model to model, once where several records say the same."""
+    records = [comparison.record for comparison in comparisons]
+    parts = []
+    for record in _distinct(records, "churn"):
+        steps = change_table(record)
+        if steps is None:
+            continue
+        shown = change_list(record) if examples else None
+        sentences = change_sentences(record)
+        said = "".join(
+            f"<li><strong>{text_of(name)}:</strong> {text_of(text)}</li>" for name, text in sentences.items()
+        )
+        folded = f'<div class="list">\n{table_of(shown)}\n</div>' if shown else ""
+        content = f"<ul>{said}</ul>\n{table_of(steps)}\n"
+        content += details("Show the examples decided otherwise", folded) if folded else ""
+        parts.append(titled(_sharing(records, record, "churn"), content) if len(records) > 1 else content)
+    return parts
 
 
 def _distillation(records: Sequence[Record]) -> list[str]:
     """Return the figures of each distinct distillation: records of one student usually carry the same one."""
     parts: list[str] = []
-    for record in _distinct(records, "distillation"):
+    found = _distinct(records, "distillation")
+    for record in found:
         distillation = record.raw["distillation"]
-        figures = _figures(distillation_figures(distillation))
+        figures = figures_of(distillation_figures(distillation, name=str(len(parts))))
         facts = [
             f"{words(key)} {distillation[key]}"
             for key in ("mapping", "teacher_layers", "student_layers", "epochs", "steps", "seed")
             if isinstance(distillation.get(key), str | int | float)
         ]
-        if facts:
-            parts.append(f"<p>{_text(sentence(' · '.join(facts)))}</p>")
-        parts.append(figures)
+        said = f"<p>{text_of(sentence(' · '.join(facts)))}</p>\n" if facts else ""
+        content = said + figures
+        several = len(found) > 1 and content
+        parts.append(
+            titled(record.student or _sharing(records, record, "distillation"), content) if several else content
+        )
     return parts
 
 
 def _quantization(records: Sequence[Record]) -> list[str]:
     parts: list[str] = []
-    for record in _distinct(records, "artifact"):
-        parts.append(_titled("Settings", settings_table(record)))
-        parts.append(_titled("Parity", parity_table(record)))
-        parts.append(_titled("Padding and batch mates", invariance_table(record)))
-        parts.append(_titled("Quantization trials", trials_table(record)))
+    found = _distinct(records, "artifact")
+    for record in found:
+        tables = {
+            "Settings": settings_table(record),
+            "Parity": parity_table(record),
+            "Padding and batch mates": invariance_table(record),
+            "Quantization trials": trials_table(record),
+        }
+        whose = f"{record.student or _sharing(records, record, 'artifact')}: " if len(found) > 1 else ""
+        parts += [titled(f"{whose}{title}", table_of(table)) for title, table in tables.items()]
     return parts
-
-
-def _titled(title: str, table: Table | None) -> str:
-    return f"<div>\n<h3>{_text(title)}</h3>\n{_table(table)}\n</div>" if table else ""
 
 
 def _distinct(records: Sequence[Record], key: str) -> list[Record]:
@@ -219,84 +273,6 @@ def _distinct(records: Sequence[Record], key: str) -> list[Record]:
     return found
 
 
-def _method(comparisons: Sequence[Comparison]) -> list[str]:
-    records = [comparison.record for comparison in comparisons]
-    versions = versions_table(records)
-    said = [
-        "Every model and graph runs in a fresh process of its own; the models take turns in interleaved rounds"
-        f"{_rounds(records)}, so that drift of the machine touches all of them.",
-        "Warm-up calls come before the clock starts and are not counted. Latency and memory are taken in separate passes.",
-        "p50 is the median of single calls. The speed-up is the ratio of the two medians; its 95% interval comes from "
-        "resampling rounds and calls, and where it covers 1 no speed-up is claimed.",
-        "The replay runs the development set's examples at their real lengths; the other cells hold the length fixed.",
-        "A value that was not measured is called so; it is never shown as 0.",
-    ]
-    for record in records:
-        amounts = [number(dig(entry, "n") or dig(entry, "latency_ms", "n")) for entry in record.cells.values()]
-        known = sorted(int(amount) for amount in amounts if amount is not None)
-        where = f"On {record.name}: " if len(records) > 1 else ""
-        if known:
-            spread = f"{known[0]}" if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
-            said.append(sentence(f"{where}{count(len(known), 'measurement')} of {spread} timed calls each."))
-        examples = number(record.fact(record.variants[0], "evaluated_examples")) if record.variants else None
-        if examples:
-            said.append(sentence(f"{where}scores are over {int(examples)} examples, evaluated on that machine."))
-        notes = record.raw.get("notes")
-        said += (
-            [sentence(f"{where}{note}.") for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
-        )
-    return [
-        "<ul>" + "".join(f"<li>{_text(sentence)}</li>" for sentence in said) + "</ul>",
-        '<div class="pair">',
-        _table(machine_table(records)),
-        _table(versions) if versions else "",
-        "</div>",
-    ]
-
-
-def _rounds(records: Sequence[Record]) -> str:
-    rounds = {number(dig(record.raw, "settings", "rounds")) for record in records}
-    (only,) = rounds if len(rounds) == 1 else (None,)
-    return f" ({int(only)} of them)" if only else ""
-
-
-def _details(summary: str, content: str) -> str:
-    return f"<details>\n<summary>{_text(summary)}</summary>\n{content}\n</details>"
-
-
-def _table(table: Table) -> str:
-    """Return a table in a box of its own that scrolls sideways where the page is narrow, also by keyboard."""
-    headings = "".join(
-        f'<th scope="col"{_words(table, place)}>{_text(title)}</th>' for place, title in enumerate(table.headings)
-    )
-    lines = "\n".join(_line(table, line) for line in table.lines)
-    return (
-        f'<div class="table" role="region" aria-label="{_text(table.caption)}" tabindex="0">\n<table>\n'
-        f"<caption><span>{_text(table.caption)}</span></caption>\n<thead><tr>{headings}</tr></thead>\n"
-        f"<tbody>\n{lines}\n</tbody>\n</table>\n</div>"
-    )
-
-
-def _line(table: Table, line: Line) -> str:
-    cells = []
-    for place, text in enumerate(line.cells):
-        content = f'<span class="none">{NOT_MEASURED}</span>' if text == NOT_MEASURED else _text(text)
-        if place == 0:
-            cells.append(f'<th scope="row"{_words(table, place)}>{content}</th>')
-        else:
-            cells.append(f"<td{_words(table, place)}>{content}</td>")
-    return f"<tr{f' class={chr(34)}{line.kind}{chr(34)}' if line.kind else ''}>{''.join(cells)}</tr>"
-
-
-def _words(table: Table, place: int) -> str:
-    return ' class="words"' if place in table.prose else ""
-
-
-def _figures(drawings: Sequence[Drawing]) -> str:
-    if not drawings:
-        return ""
-    items = "\n".join(
-        f"<figure>\n<h3>{_text(drawing.title)}</h3>\n{drawing.svg}\n<figcaption>{_text(drawing.caption)}</figcaption>\n</figure>"
-        for drawing in drawings
-    )
-    return f'<div class="figures">\n{items}\n</div>'
+def _sharing(records: Sequence[Record], one: Record, key: str) -> str:
+    """Return the names of all records with the same object under `key`."""
+    return joined([record.title for record in records if record.raw.get(key) == one.raw.get(key)])

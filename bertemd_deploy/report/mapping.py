@@ -27,10 +27,15 @@ MOST_POINTS = 300  # steps drawn of the losses
 LOSSES = ("total", "prediction", "embedding", "attention", "hidden")
 
 
-def distillation_figures(distillation: Any) -> list[Drawing]:
-    """Return flows, marginals and losses of a record's `distillation`, leaving out what it does not hold."""
-    found = [flow_maps(distillation, kind) for kind in KINDS]
-    found += [*marginal_maps(distillation), loss_curves(distillation)]
+def distillation_figures(distillation: Any, *, name: str = "") -> list[Drawing]:
+    """Return flows, marginals and losses of a record's `distillation`, leaving out what it does not hold.
+
+    Args:
+        distillation: as the record holds it.
+        name: tells it from others on the page.
+    """
+    found = [flow_maps(distillation, kind, name=name) for kind in KINDS]
+    found += [*marginal_maps(distillation, name=name), loss_curves(distillation, name=name)]
     return [drawing for drawing in found if drawing]
 
 
@@ -44,7 +49,7 @@ def matrix(value: Any) -> Matrix | None:
     return np.array(rows, dtype=np.float64)
 
 
-def flow_maps(distillation: Any, kind: str) -> Drawing | None:
+def flow_maps(distillation: Any, kind: str, *, name: str = "") -> Drawing | None:
     """Return the first and last flow of one kind ("attention" or "hidden") side by side on one colour scale."""
     maps: dict[str, Matrix] = {}
     for moment in ("first", "last"):
@@ -63,7 +68,7 @@ def flow_maps(distillation: Any, kind: str) -> Drawing | None:
     )
     across = len(maps) if columns <= MOST_BESIDE else 1
     down = len(maps) // across
-    with canvas(f"flow-{kind}", height=0.5 + down * (0.65 + 0.19 * rows)) as figure:
+    with canvas(f"flow-{kind}-{name}", height=0.5 + down * (0.65 + 0.19 * rows)) as figure:
         axes = figure.subplots(down, across, sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06}).ravel()
         for panel, (title, flow) in zip(axes, maps.items(), strict=True):
             mesh = panel.pcolormesh(flow, cmap="Blues", vmin=0, vmax=top, edgecolors="white", linewidth=0.8)
@@ -117,15 +122,15 @@ def _quiet_bar(bar: Any) -> None:
     bar.ax.tick_params(length=0, labelsize=7.5)
 
 
-def marginal_maps(distillation: Any) -> list[Drawing]:
+def marginal_maps(distillation: Any, *, name: str = "") -> list[Drawing]:
     """Return how the layers' weights moved during training: one figure, or one per kind where the two differ."""
     entries = dig(distillation, "marginals")
     series = {kind: _marginals(entries if isinstance(entries, list) else [], kind) for kind in KINDS}
     found = {kind: value for kind, value in series.items() if value is not None}
     if len(found) == 2 and all(np.array_equal(*pair) for pair in zip(*found.values(), strict=True)):
-        return [_marginal_map("attention and hidden states", found["attention"], shared=True)]
+        return [_marginal_map("attention and hidden states", found["attention"], shared=True, name=name)]
     names = {"attention": "attention scores", "hidden": "hidden states"}
-    return [_marginal_map(names[kind], value, shared=False) for kind, value in found.items()]
+    return [_marginal_map(names[kind], value, shared=False, name=name) for kind, value in found.items()]
 
 
 Marginals = tuple[Matrix, Matrix, Matrix]  # steps (S,), teacher weights (S, M), student weights (S, N)
@@ -149,26 +154,26 @@ def _spread(amount: int, most: int) -> list[int]:
     return sorted({round(float(place)) for place in np.linspace(0, amount - 1, min(amount, most))}) if amount else []
 
 
-def _marginal_map(what: str, marginals: Marginals, *, shared: bool) -> Drawing:
+def _marginal_map(what: str, marginals: Marginals, *, shared: bool, name: str) -> Drawing:
     steps, *sides = marginals
     relative = [weights.T * weights.shape[1] for weights in sides]  # 1 is the uniform weight
     spread = max(0.1, float(np.abs(np.concatenate(relative) - 1).max()))
     names = ("teacher", "student")
     last = [
-        f"{name} layers end at " + ", ".join(f"{weight:.3f}" for weight in weights[-1])
-        for name, weights in zip(names, sides, strict=True)
+        f"{side} layers end at " + ", ".join(f"{weight:.3f}" for weight in weights[-1])
+        for side, weights in zip(names, sides, strict=True)
     ]
     alternative = (
         f"Layer weights for {what} from step {steps[0]:g} to {steps[-1]:g}: {'; '.join(last)}. "
         f"Uniform would be {1 / sides[0].shape[1]:.3f} and {1 / sides[1].shape[1]:.3f}."
     )
     rows = [part.shape[0] for part in relative]
-    with canvas(f"marginals-{what}", height=1.5 + 0.17 * sum(rows)) as figure:
+    with canvas(f"marginals-{what}-{name}", height=1.5 + 0.17 * sum(rows)) as figure:
         axes = figure.subplots(2, 1, sharex=True, height_ratios=rows)
-        for panel, values, weights, name in zip(axes, relative, sides, names, strict=True):
+        for panel, values, weights, side in zip(axes, relative, sides, names, strict=True):
             mesh = _weights_over_steps(panel, steps, values, spread=spread)
             _layer_axes(panel, rows=len(values), columns=None)
-            panel.set_ylabel(f"{name} layer")
+            panel.set_ylabel(f"{side} layer")
             right = panel.secondary_yaxis("right")
             right.set_yticks(
                 np.arange(len(values)) + 0.5, [f"{weight:.3f}".removeprefix("0") for weight in weights[-1]]
@@ -201,24 +206,24 @@ def _weights_over_steps(axes: Axes, steps: Matrix, values: Matrix, *, spread: fl
     return axes.pcolormesh(edges, rows, values, cmap=colors, norm=norm, rasterized=True)
 
 
-def loss_curves(distillation: Any) -> Drawing | None:
+def loss_curves(distillation: Any, *, name: str = "") -> Drawing | None:
     """Return the losses over training on a logarithmic axis, or None where none were kept."""
     entries = dig(distillation, "losses")
     if not isinstance(entries, list):
         return None
-    curves = {name: curve for name in LOSSES if len(curve := _curve(entries, name)) > 1}
+    curves = {part: curve for part in LOSSES if len(curve := _curve(entries, part)) > 1}
     if not curves:
         return None
-    said = "; ".join(f"{name} {digits(curve[0][1])} to {digits(curve[-1][1])}" for name, curve in curves.items())
+    said = "; ".join(f"{part} {digits(curve[0][1])} to {digits(curve[-1][1])}" for part, curve in curves.items())
     alternative = f"Losses over training: {said}."
-    with canvas("losses", height=3.2) as figure:
+    with canvas(f"losses-{name}", height=3.2) as figure:
         axes = figure.subplots()
         axes.set_yscale("log")
         handles: dict[str, Any] = {}
-        for color, name in zip(SERIES, LOSSES, strict=True):
-            if name in curves:
-                weight = 2.0 if name == "total" else 1.2
-                (handles[words(name)],) = axes.plot(*zip(*curves[name], strict=True), color=color, lw=weight)
+        for color, part in zip(SERIES, LOSSES, strict=True):
+            if part in curves:
+                weight = 2.0 if part == "total" else 1.2
+                (handles[words(part)],) = axes.plot(*zip(*curves[part], strict=True), color=color, lw=weight)
         axes.set_xlabel("training step")
         axes.set_ylabel("loss")
         axes.grid(True)

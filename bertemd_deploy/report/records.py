@@ -1,25 +1,23 @@
-"""Bench records in: read, checked, and asked for one model's numbers in one cell.
+"""One bench record, asked for one model's numbers in one cell.
 
 A record comes from another machine and is data from outside: every lookup here tolerates an absent or null value
-(answering None) and refuses only what would make the page wrong, such as two different students in one table.
+(answering None). What cannot be tolerated, `reading` refuses before a `Record` is made.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from bertemd_deploy.artifact import FASTEST_FIRST, GRAPH_PRECISION, GRAPHS
-from bertemd_deploy.errors import ArtifactError
-from bertemd_deploy.files import read_json
 from bertemd_deploy.report.text import dig, number
 
-SCHEMA_VERSION = 1
 REPLAY = "replay"
+ESTIMATED = "estimated"
+KINDS = ("measured", "constrained", "remote", ESTIMATED)
 _BACKENDS = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
 
 
@@ -53,6 +51,11 @@ class Variant(NamedTuple):
         name = f"Student {self.precision}" + (", fused" if (self.graph or "").startswith("fused") else "")
         return name if self.backend == "onnxruntime" else f"{name}, {self.runtime}"
 
+    @property
+    def key(self) -> str:
+        """The label as an identifier for the page: lower-case letters, digits and dashes."""
+        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")
+
 
 class Cell(NamedTuple):
     """The conditions of one measurement; `sequence` in tokens, or "replay" for the dev set's real lengths."""
@@ -67,6 +70,27 @@ class Cell(NamedTuple):
         return f"batch {self.batch}, {length_label(self.sequence)}, {count(self.threads, 'thread')}"
 
 
+class Span(NamedTuple):
+    """The interval around a number."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, bounds: Any) -> Span | None:
+        """Return [low, high] as an interval, or None for anything else."""
+        low, high = map(number, bounds) if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
+        return None if low is None or high is None or low > high else cls(low, high)
+
+
+class Failure(NamedTuple):
+    """Why a model was not measured: the reason, and the limit and peak in bytes where memory was it."""
+
+    reason: str
+    limit_bytes: float | None
+    peak_bytes: float | None
+
+
 def length_label(sequence: int | str) -> str:
     """Return a sequence length in words."""
     return "replay of real lengths" if sequence == REPLAY else f"{sequence} tokens"
@@ -79,15 +103,37 @@ def count(amount: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """One device's bench record, as read, with the name it goes by on the page."""
+    """One student's bench record of one device, as read, with the name it goes by on the page.
 
-    raw: dict[str, Any]
+    Attributes:
+        raw: the record.
+        name: of the device, and of the student where there are several; no other record of the page has it.
+        student: what tells this student from the others on the page; empty where it is the only one.
+    """
+
+    raw: Mapping[str, Any]
     name: str
+    student: str = ""
 
     @property
     def device(self) -> Mapping[str, Any]:
         """Facts of the machine."""
         return dict(self.raw["device"])
+
+    @property
+    def kind(self) -> str:
+        """How its numbers were got: measured, constrained, remote or estimated."""
+        return str(self.device.get("kind") or "measured")
+
+    @property
+    def estimated(self) -> bool:
+        """Whether its times are estimates."""
+        return self.kind == ESTIMATED
+
+    @property
+    def title(self) -> str:
+        """Its name with how its numbers were got."""
+        return f"{self.name} ({self.kind})"
 
     @property
     def artifact(self) -> Mapping[str, Any]:
@@ -103,12 +149,12 @@ class Record:
     @cached_property
     def cells(self) -> dict[tuple[Variant, Cell], dict[str, Any]]:
         """Every measurement by what was measured and under which conditions."""
-        return {(_variant(entry), _cell(entry)): entry for entry in self.raw["measurements"]}
+        return {(variant_of(entry), cell_of(entry)): entry for entry in self.raw["measurements"]}
 
     @cached_property
     def variants(self) -> list[Variant]:
         """Everything measured or evaluated: teacher first (in PyTorch first), then the student's graphs in order."""
-        found = {variant for variant, _ in self.cells} | {_variant(entry) for entry in self._models()}
+        found = {variant for variant, _ in self.cells} | {variant_of(entry) for entry in self._models()}
         graphs = list(GRAPHS)
         place = {graph: position for position, graph in enumerate(graphs)}
         return sorted(
@@ -121,10 +167,28 @@ class Record:
             ),
         )
 
-    @property
+    @cached_property
+    def failures(self) -> dict[Variant, Failure]:
+        """Models that could not be measured, and why."""
+        return {
+            variant_of(entry): Failure(
+                str(failed.get("reason") or "unknown"),
+                number(failed.get("limit_bytes")),
+                number(failed.get("peak_bytes")),
+            )
+            for entry in self._models()
+            if isinstance(failed := entry.get("failed"), Mapping)
+        }
+
+    @cached_property
     def teacher(self) -> Variant | None:
-        """The teacher that speed-ups are against: in PyTorch where it was, or None where the record has no teacher."""
-        return next((variant for variant in self.variants if variant.is_teacher), None)
+        """The teacher that speed-ups are against, or None where no teacher was measured.
+
+        That is the record's `baseline`, else the first teacher that did not fail.
+        """
+        named = [variant_of(entry) for entry in self._models() if entry.get("name") == self.raw.get("baseline")]
+        teachers = [variant for variant in (*named, *self.variants) if variant.is_teacher]
+        return next((variant for variant in teachers if variant not in self.failures), None)
 
     @property
     def default(self) -> Variant | None:
@@ -134,13 +198,13 @@ class Record:
             iter(students), None
         )
 
-    def _models(self) -> Iterator[dict[str, Any]]:
+    def _models(self) -> Iterator[Mapping[str, Any]]:
         models = self.raw.get("models")
-        yield from (entry for entry in models if isinstance(entry, dict)) if isinstance(models, list) else ()
+        yield from (entry for entry in models if isinstance(entry, Mapping)) if isinstance(models, list) else ()
 
     def fact(self, variant: Variant, *keys: str) -> Any:
         """Return a fact that holds for a variant in every cell (size, cold start, peak RSS), or None."""
-        entries = [entry for entry in self._models() if _variant(entry) == variant]
+        entries = [entry for entry in self._models() if variant_of(entry) == variant]
         entries += [entry for (measured, _), entry in self.cells.items() if measured == variant]
         return next((value for entry in entries if (value := dig(entry, *keys)) is not None), None)
 
@@ -151,9 +215,23 @@ class Record:
             measured = number(self.fact(variant, "metric"))
         return measured
 
-    def latency(self, variant: Variant, cell: Cell, statistic: str = "p50") -> float | None:
+    def latency(self, variant: Variant, cell: Cell | None, statistic: str = "p50") -> float | None:
         """Return a statistic of a variant's latency in one cell, in ms, or None."""
-        return number(dig(self.cells.get((variant, cell)), "latency_ms", statistic))
+        return number(dig(self._entry(variant, cell), "latency_ms", statistic))
+
+    def interval(self, variant: Variant, cell: Cell | None, statistic: str = "p50") -> Span | None:
+        """Return the interval of a statistic of the latency, in ms: a 95% one, or an estimate's; None where there is none."""
+        entry = self._entry(variant, cell)
+        if self.estimated:
+            return (
+                Span.of([dig(entry, "estimate_ms", "low"), dig(entry, "estimate_ms", "high")])
+                if statistic == "p50"
+                else None
+            )
+        return Span.of(dig(entry, "latency_ms", f"{statistic}_ci95"))
+
+    def _entry(self, variant: Variant, cell: Cell | None) -> dict[str, Any] | None:
+        return None if cell is None else self.cells.get((variant, cell))
 
     def cell(self, *, batch: int) -> Cell | None:
         """Return the cell to compare models in at one batch size, or None where the student was not measured there.
@@ -182,83 +260,21 @@ class Record:
         return sorted({cell.batch for _, cell in self.cells})
 
 
-def _variant(entry: Mapping[str, Any]) -> Variant:
+def variant_of(entry: Mapping[str, Any]) -> Variant:
+    """Return what an entry of `models` or `measurements` is about."""
     graph = entry.get("graph")
     return Variant(str(entry.get("model")), str(entry.get("backend")), None if graph is None else str(graph))
 
 
-def _cell(entry: Mapping[str, Any]) -> Cell:
+def cell_of(entry: Mapping[str, Any]) -> Cell:
+    """Return the conditions of a measurement.
+
+    Raises:
+        KeyError, ValueError: they are absent, or no whole numbers above 0.
+    """
     sequence = entry["sequence"]
     cell = Cell(entry["batch"], sequence, entry["threads"])
     for value in (cell.batch, cell.threads, *([] if sequence == REPLAY else [sequence])):
         if type(value) is not int or value < 1:
             raise ValueError(f"found {value!r}")
     return cell
-
-
-def read_records(paths: Sequence[Path]) -> list[Record]:
-    """Return the records in `paths`, in that order, each with a name of its own.
-
-    Raises:
-        ArtifactError: no path; a file that is no bench record of this schema version; or records of different
-            artifacts, whose numbers must not share a table.
-    """
-    if not paths:
-        raise ArtifactError("no bench record was given. Name at least one record.json, as `bertemd bench` writes it.")
-    raws = [_read(path) for path in paths]
-    for path, raw in zip(paths, raws, strict=True):
-        _same_artifact(raws[0], raw, first=paths[0], other=path)
-    names: dict[str, int] = {}
-    records = []
-    for raw in raws:
-        name = str(raw["device"].get("name") or "unnamed device")
-        names[name] = names.get(name, 0) + 1
-        records.append(Record(raw, name if names[name] == 1 else f"{name} ({names[name]})"))
-    return records
-
-
-def _read(path: Path) -> dict[str, Any]:
-    raw = read_json(path, what="bench record")
-    found = raw.get("schema_version")
-    if found != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path}: schema_version is {found!r}, this bertemd reads {SCHEMA_VERSION}. "
-            "Run `bertemd bench` again with this version, or report with the version that wrote it."
-        )
-    for key, kind in (("device", dict), ("artifact", dict), ("measurements", list)):
-        if not isinstance(raw.get(key), kind):
-            raise ArtifactError(
-                f"{path}: {key!r} should be a {kind.__name__}, found {type(raw.get(key)).__name__}; "
-                "this is no bench record. Name the record.json that `bertemd bench` wrote."
-            )
-    seen: set[tuple[Variant, Cell]] = set()
-    for place, entry in enumerate(raw["measurements"]):
-        try:
-            found_at = (_variant(entry), _cell(entry))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(
-                f'{path}: measurements[{place}] needs whole numbers above 0 for batch, sequence (or "replay") and '
-                f"threads ({error!r}). Run `bertemd bench` again."
-            ) from None
-        if found_at in seen:
-            raise ArtifactError(
-                f"{path}: measurements[{place}] measures {found_at[0].label}, {found_at[1].label} once more; "
-                "one record holds each cell once. Run `bertemd bench` again."
-            )
-        seen.add(found_at)
-    return raw
-
-
-def _same_artifact(left: Mapping[str, Any], right: Mapping[str, Any], *, first: Path, other: Path) -> None:
-    for keys in (("task",), ("labels",), ("student",), ("teacher",)):
-        mine, theirs = dig(left, "artifact", *keys), dig(right, "artifact", *keys)
-        if mine != theirs:
-            raise ArtifactError(
-                f"{other}: its {keys[0]} is {_short(theirs)}, that of {first} is {_short(mine)}. One report holds one "
-                "artifact on one or more devices; report the others into folders of their own."
-            )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return text if len(text) <= 160 else text[:159] + "…"

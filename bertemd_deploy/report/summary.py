@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bertemd_deploy.report.records import Cell, Record, Variant, count, length_label
-from bertemd_deploy.report.text import (
-    dig,
-    number,
-    ratio,
-)
+from bertemd_deploy.report.records import KINDS, Cell, Failure, Record, Span, Variant, count, length_label
+from bertemd_deploy.report.text import dig, joined, number, ratio
 
 
 @dataclass(frozen=True)
@@ -58,25 +55,50 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Row:
-    """One model's numbers in the cells the page compares; None for what was not measured."""
+    """One model's numbers in the cells the page compares; None for what was not measured.
+
+    Of an estimate only numbers with an interval are here.
+
+    Attributes:
+        variant: which model.
+        metrics: the task's metrics by name.
+        retention: share of the teacher's first metric.
+        p50_ms, p95_ms: latency.
+        p50_interval, p95_interval: theirs: 95% ones, or an estimate's own.
+        end_to_end_ms: from text to decision, median.
+        speedup: over the teacher.
+        throughput_per_s: examples, at the larger batch.
+        cold_start_ms: from the start of a process to its first answer where that was measured, else the sum of its parts.
+        peak_rss_bytes: of the process; of an estimate, what is expected.
+        peak_rss_interval: an estimate's.
+        model_bytes: of the model's file.
+        agreement: share of decisions that are the teacher's.
+        energy_joules: of one call.
+        failed: why nothing was measured, where that is so.
+    """
 
     variant: Variant
     metrics: dict[str, float | None]
     retention: float | None
     p50_ms: float | None
+    p50_interval: Span | None
     p95_ms: float | None
+    p95_interval: Span | None
     end_to_end_ms: float | None
     speedup: Ratio | None
     throughput_per_s: float | None
     cold_start_ms: float | None
     peak_rss_bytes: float | None
+    peak_rss_interval: Span | None
     model_bytes: float | None
     agreement: float | None
+    energy_joules: float | None
+    failed: Failure | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All models of one device: rows, and the cells their latency and throughput come from."""
+    """All models of one record: rows, and the cells their latency and throughput come from."""
 
     record: Record
     cell: Cell | None
@@ -96,6 +118,8 @@ class Comparison:
     def disturbed(self) -> bool:
         """Whether the benchmark held back speed-ups in the compared cell, since other programs took CPU time there."""
         entries = [entry for (_, cell), entry in self.record.cells.items() if cell == self.cell]
+        if self.record.estimated:
+            return False
         held_back = (gain for gain in map(Ratio.of, entries) if gain is not None and gain.held_back)
         return any(entry.get("disturbed") is True for entry in entries) or any(held_back)
 
@@ -119,24 +143,45 @@ def compare(record: Record) -> Comparison:
 
 def _row(record: Record, variant: Variant, cell: Cell | None, batch_cell: Cell | None) -> Row:
     metrics = {name: record.metric(variant, name) for name in record.metric_names}
-    cold = [number(record.fact(variant, "cold_start_ms", part)) for part in ("import", "load", "first")]
-    known = [part for part in cold if part is not None]
     entry = record.cells.get((variant, cell)) if cell else None
     batched = record.cells.get((variant, batch_cell)) if batch_cell else None
+    memory, memory_interval = _memory(record, variant)
     return Row(
         variant,
         metrics,
         _retention(record, metrics),
-        number(dig(entry, "latency_ms", "p50")),
-        number(dig(entry, "latency_ms", "p95")),
+        record.latency(variant, cell),
+        record.interval(variant, cell),
+        record.latency(variant, cell, "p95"),
+        record.interval(variant, cell, "p95"),
         number(dig(entry, "end_to_end_ms", "p50")),
         Ratio.of(entry),
-        number(dig(batched, "throughput_per_s")),
-        sum(known) if len(known) == len(cold) else None,
-        number(record.fact(variant, "peak_rss_bytes")),
+        None if record.estimated else number(dig(batched, "throughput_per_s")),
+        None if record.estimated else cold_start(record, variant),
+        memory,
+        memory_interval,
         number(record.fact(variant, "model_bytes")),
         number(record.fact(variant, "agreement_with_teacher")),
+        None if record.estimated else number(dig(entry, "energy_joules_per_inference", "value")),
+        record.failures.get(variant),
     )
+
+
+def cold_start(record: Record, variant: Variant) -> float | None:
+    """Return the time from nothing to a model's first answer, in ms."""
+    whole = number(record.fact(variant, "cold_start_ms", "process"))
+    parts = [number(record.fact(variant, "cold_start_ms", part)) for part in ("import", "load", "first")]
+    known = [part for part in parts if part is not None]
+    return whole if whole is not None else sum(known) if len(known) == len(parts) else None
+
+
+def _memory(record: Record, variant: Variant) -> tuple[float | None, Span | None]:
+    """Return the peak memory; of an estimate with its interval, and nothing where it states none."""
+    if not record.estimated:
+        return number(record.fact(variant, "peak_rss_bytes")), None
+    found = record.fact(variant, "memory_estimate_bytes")
+    interval = Span.of([dig(found, "low"), dig(found, "high")])
+    return (None if interval is None else number(dig(found, "value"))), interval
 
 
 def _retention(record: Record, metrics: Mapping[str, float | None]) -> float | None:
@@ -153,8 +198,8 @@ def speed_conditions(comparison: Comparison) -> str:
     if comparison.cell is None:
         return "No latency was measured."
     cell, batched = comparison.cell, comparison.batch_cell
-    text = f"Latency at {cell.label}."
-    if batched:
+    text = f"{'Estimated latency' if comparison.record.estimated else 'Latency'} at {cell.label}."
+    if batched and any(row.throughput_per_s is not None for row in comparison.rows):
         text += f" Throughput at batch {batched.batch}, {length_label(batched.sequence)}, "
         text += f"{count(batched.threads, 'thread')}."
     return text
@@ -169,9 +214,28 @@ class Head:
 
 
 def head(records: Sequence[Record]) -> Head:
-    """Return title and subtitle of a report on `records`, which are of one artifact."""
+    """Return title and subtitle of a report on `records`, which are of one task and teacher."""
     artifact = records[0].artifact
     task, teacher = dig(artifact, "task", "name"), dig(artifact, "teacher", "name")
+    layers = number(dig(artifact, "student", "layers"))
+    students = list(dict.fromkeys(record.student for record in records))
+    if len(students) > 1:
+        title, said = f"{len(students)} students", [f"Students: {'; '.join(students)}"]
+    else:
+        title = f"{int(layers)}-layer student" if layers else "Student"
+        said = [_student(artifact)]
+    if teacher:
+        said.append(f"taught by {teacher}")
+    started = min((str(record.raw["started"]) for record in records if record.raw.get("started")), default=None)
+    if started:
+        said.append(f"{'measured' if any(not record.estimated for record in records) else 'estimated'} {started[:10]}")
+    said += _places(records)
+    if any(record.teacher for record in records):
+        title += " beside their teacher" if len(students) > 1 else " beside its teacher"
+    return Head(f"{task}: {title}" if task else title, ", ".join(said) + ".")
+
+
+def _student(artifact: Mapping[str, Any]) -> str:
     layers, hidden, parameters = (number(dig(artifact, "student", key)) for key in ("layers", "hidden", "parameters"))
     facts = [
         count(int(layers), "layer") if layers else "",
@@ -180,15 +244,16 @@ def head(records: Sequence[Record]) -> Head:
         if parameters
         else "",
     ]
-    said = [f"Student of {', '.join(fact for fact in facts if fact)}" if any(facts) else "One student"]
-    if teacher:
-        said.append(f"taught by {teacher}")
-    started = min((str(record.raw["started"]) for record in records if record.raw.get("started")), default=None)
-    if started:
-        said.append(f"measured {started[:10]}")
-    if len(records) > 1:
-        said.append(f"on {len(records)} devices")
-    title = f"{int(layers)}-layer student" if layers else "Student"
-    if any(record.teacher for record in records):
-        title += " beside its teacher"
-    return Head(f"{task}: {title}" if task else title, ", ".join(said) + ".")
+    return f"Student of {', '.join(fact for fact in facts if fact)}" if any(facts) else "One student"
+
+
+def _places(records: Sequence[Record]) -> list[str]:
+    """Return on how many devices the numbers are, and how they were got where that is not plain measuring."""
+    devices = {(str(record.device.get("name")) if record.student else record.name, record.kind) for record in records}
+    kinds = Counter(kind for _, kind in devices)
+    if len(devices) == 1:
+        (kind,) = kinds
+        return [] if kind == "measured" else [f"one device ({kind})"]
+    amounts = [f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind]]
+    detail = "" if set(kinds) == {"measured"} else f" ({joined(amounts)})"
+    return [f"on {len(devices)} devices{detail}"]

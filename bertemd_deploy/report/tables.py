@@ -1,16 +1,23 @@
-"""The page's tables as plain values: captions, headings and cells of text, for HTML and Markdown alike."""
+"""The tables of one record's measurements as plain values: captions, headings and cells of text, for HTML and Markdown alike.
+
+A table holds numbers of one record, so that what was measured and what was estimated never stand in one; an estimate is
+called so in its cell and has its interval beside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bertemd_deploy.report.records import Cell, Record, Variant
-from bertemd_deploy.report.summary import Comparison, Ratio, speed_conditions
+from bertemd_deploy.report.records import Cell, Record, Span, Variant
+from bertemd_deploy.report.summary import Comparison, Ratio, Row, speed_conditions
 from bertemd_deploy.report.text import (
     NOT_MEASURED,
+    between,
     dig,
+    joined,
+    joules,
     megabytes,
     milliseconds,
     number,
@@ -20,8 +27,10 @@ from bertemd_deploy.report.text import (
     ratio,
     score,
     sentence,
-    words,
+    spread,
 )
+
+DID_NOT_FIT = "did not fit"
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,12 @@ class Line:
     """One row of text cells.
 
     `kind` holds the words that say whose it is: teacher or student, its precision, and default for the graph that is
-    used unless another is asked for.
+    used unless another is asked for. `model` is the variant's key where the row is about one model.
     """
 
     cells: list[str]
     kind: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,48 +56,91 @@ class Table:
     prose: frozenset[int] = frozenset({0})
 
 
+def stated(value: float | None, interval: Span | None, *, record: Record, write: Callable[[float | None], str]) -> str:
+    """Return a number in words: as it is where it was measured, else as an estimate with its interval."""
+    if not record.estimated or value is None or interval is None:
+        return NOT_MEASURED if record.estimated else write(value)
+    return f"estimate {write(value)} ({between(*interval, write=write)})"
+
+
 def comparison_table(comparison: Comparison) -> Table:
     """Return student beside teacher: one row per model and graph, without the columns that no model has a value for."""
-    names = comparison.record.metric_names
+    record, rows = comparison.record, comparison.rows
     columns: dict[str, list[str]] = {
-        **{name: [score(row.metrics[name]) for row in comparison.rows] for name in names},
-        "Of teacher": [percent(row.retention) for row in comparison.rows],
-        "p50": [milliseconds(row.p50_ms) for row in comparison.rows],
-        "p95": [milliseconds(row.p95_ms) for row in comparison.rows],
-        "Text to answer, p50": [milliseconds(row.end_to_end_ms) for row in comparison.rows],
+        **{name: [score(row.metrics[name]) for row in rows] for name in record.metric_names},
+        "Of teacher": [percent(row.retention) for row in rows],
+        "p50": [_timed(row, stated(row.p50_ms, row.p50_interval, record=record, write=milliseconds)) for row in rows],
+        "p95": [_timed(row, milliseconds(row.p95_ms)) for row in rows],
+        "Text to answer, p50": [milliseconds(row.end_to_end_ms) for row in rows],
         "Speed-up (95% interval)": [
-            "baseline" if row is comparison.teacher else speedup_text(row.speedup) for row in comparison.rows
+            "baseline" if row is comparison.teacher else speedup_text(row.speedup, estimated=record.estimated)
+            for row in rows
         ],
-        "Throughput": [per_second(row.throughput_per_s) for row in comparison.rows],
-        "Cold start": [milliseconds(row.cold_start_ms) for row in comparison.rows],
-        "Peak memory": [megabytes(row.peak_rss_bytes) for row in comparison.rows],
-        "Size": [megabytes(row.model_bytes) for row in comparison.rows],
-        "Agrees with teacher": ["" if row is comparison.teacher else percent(row.agreement) for row in comparison.rows],
+        "Throughput": [per_second(row.throughput_per_s) for row in rows],
+        "Cold start": [milliseconds(row.cold_start_ms) for row in rows],
+        "Peak memory": [
+            _timed(row, stated(row.peak_rss_bytes, row.peak_rss_interval, record=record, write=megabytes))
+            for row in rows
+        ],
+        "Size": [megabytes(row.model_bytes) for row in rows],
+        "Energy per call": [joules(row.energy_joules) for row in rows],
+        "Agrees with teacher": ["" if row is comparison.teacher else percent(row.agreement) for row in rows],
     }
+    if record.estimated:
+        columns["Speed-up (estimate, its interval)"] = columns.pop("Speed-up (95% interval)")
     shown = {title: cells for title, cells in columns.items() if set(cells) - {NOT_MEASURED, "", "baseline"}}
-    caption = speed_conditions(comparison)
-    caption += (
-        " Cold start is import, load and first answer of a fresh process; peak memory is the process's resident set."
-    )
     lines = [
         Line(
             [row.variant.label, *(cells[place] for cells in shown.values())],
-            _kind(row.variant) + (" default" if comparison.student is row else ""),
+            kind_of(row.variant) + (" default" if comparison.student is row else ""),
+            row.variant.key,
         )
-        for place, row in enumerate(comparison.rows)
+        for place, row in enumerate(rows)
     ]
-    return Table(caption, ["Model", *shown], lines)
+    return Table(_comparison_caption(comparison, shown), ["Model", *shown], lines)
 
 
-def speedup_text(gain: Ratio | None) -> str:
+def _timed(row: Row, text: str) -> str:
+    return DID_NOT_FIT if row.failed is not None and text == NOT_MEASURED else text
+
+
+def _comparison_caption(comparison: Comparison, shown: Mapping[str, Any]) -> str:
+    record = comparison.record
+    said = [f"{sentence(record.kind)}. {speed_conditions(comparison)}"]
+    if "Cold start" in shown:
+        whole = any(record.fact(row.variant, "cold_start_ms", "process") is not None for row in comparison.rows)
+        ends = (
+            "from the start of a process to its first answer"
+            if whole
+            else "import, load and first answer of a fresh process"
+        )
+        said.append(f"Cold start is {ends}.")
+    if "Peak memory" in shown:
+        said.append("Peak memory is the process's resident set.")
+    if "Energy per call" in shown:
+        sources = {
+            str(dig(entry, "energy_joules_per_inference", "source"))
+            for (_, cell), entry in record.cells.items()
+            if cell == comparison.cell and dig(entry, "energy_joules_per_inference", "value") is not None
+        }
+        said.append(f"Energy by {joined(sorted(sources))}.")
+    if record.estimated:
+        said.append("Scores are the artifact's own, times are estimates, and a size is that of the file.")
+    return " ".join(said)
+
+
+def speedup_text(gain: Ratio | None, *, estimated: bool = False) -> str:
     """Return a speed-up with its interval, saying so where none is claimed."""
     if gain is None:
         return NOT_MEASURED
     text = f"{ratio(gain.value)} ({ratio(gain.low)[:-1]}–{ratio(gain.high)[:-1]})"
+    if estimated:
+        return f"estimate {text}"
     return f"{text}, no claim" if gain.outcome == "same" else text
 
 
-def _kind(variant: Variant) -> str:
+def kind_of(variant: Variant) -> str:
+    """Return the words for a row's looks: teacher, or student and its precision."""
     return "teacher" if variant.is_teacher else f"student {variant.precision}"
 
 
@@ -107,156 +160,60 @@ def measurement_table(record: Record) -> Table:
         "Tokens": [str(cell.sequence) for _, cell in keys],
         "Threads": [str(cell.threads) for _, cell in keys],
         "n": [plain("n", entry.get("n")) for entry in entries],
-        **{
-            sentence(name): [milliseconds(record.latency(*key, name)) for key in keys]
-            for name in ("p50", "p90", "p95", "p99", "mean", "min", "max")
-        },
+        **_latency_columns(record, keys),
         "Text to answer, p50": [milliseconds(number(dig(entry, "end_to_end_ms", "p50"))) for entry in entries],
         "Throughput": [per_second(number(entry.get("throughput_per_s"))) for entry in entries],
         "CPU per call": [_cpu_time(entry) for entry in entries],
+        "Energy per call": [joules(number(dig(entry, "energy_joules_per_inference", "value"))) for entry in entries],
         "Speed-up (95% interval)": [
-            "baseline" if variant == record.teacher else speedup_text(Ratio.of(entry))
+            "baseline" if variant == record.teacher else speedup_text(Ratio.of(entry), estimated=record.estimated)
             for (variant, _), entry in zip(keys, entries, strict=True)
         ],
     }
+    if record.estimated:
+        columns["Speed-up (estimate, its interval)"] = columns["Speed-up (95% interval)"]
+        for title in (
+            "n",
+            "Text to answer, p50",
+            "Throughput",
+            "CPU per call",
+            "Energy per call",
+            "Speed-up (95% interval)",
+        ):
+            del columns[title]  # an estimate states what has an interval
     shown = {title: cells for title, cells in columns.items() if set(cells) - {NOT_MEASURED, "baseline"}}
     lines = [
         Line(
             [variant.label, *(cells[at].replace(NOT_MEASURED, "–") for cells in shown.values())],
-            _kind(variant),
+            kind_of(variant),
+            variant.key,
         )
         for at, (variant, _) in enumerate(keys)
     ]
-    caption = "Every cell, one row each; – stands for not measured. p99 wants at least 100 samples."
+    caption = f"{sentence(record.kind)}. Every cell, one row each; – stands for not measured."
+    caption += "" if record.estimated else " p99 wants at least 100 samples."
     return Table(caption, ["Model", *shown], lines)
+
+
+def _latency_columns(record: Record, keys: Sequence[tuple[Variant, Cell]]) -> dict[str, list[str]]:
+    """Return the statistics of the latency, each with its interval behind it."""
+    if record.estimated:
+        return {
+            "P50": [
+                stated(record.latency(*key), record.interval(*key), record=record, write=milliseconds) for key in keys
+            ]
+        }
+    columns: dict[str, list[str]] = {}
+    for name in ("p50", "p90", "p95", "p99", "mean", "min", "max"):
+        columns[sentence(name)] = [milliseconds(record.latency(*key, name)) for key in keys]
+        if name in ("p50", "p95"):
+            spans = [record.interval(*key, name) for key in keys]
+            columns[f"{sentence(name)}, 95% interval"] = [
+                NOT_MEASURED if span is None else f"{spread(*span)} ms" for span in spans
+            ]
+    return columns
 
 
 def _cpu_time(entry: Mapping[str, Any]) -> str:
     seconds = number(entry.get("cpu_seconds_per_inference"))
     return milliseconds(None if seconds is None else 1000 * seconds)
-
-
-_DECISIONS = {  # what "the same decision" means, by kind of task
-    "classification": ", and the share of inputs with the same decision",
-    "regression": "",
-    "multilabel": ", and the share of inputs with the same labels",
-    "token-classification": ", and the share of tokens with the same tag",
-    "question-answering": ", and the share of windows with the same best span",
-}
-
-
-def parity_table(record: Record) -> Table | None:
-    """Return how far each graph's answers lie from the torch student's, or None where that is not recorded."""
-    caption = "Each graph against the torch student on the same inputs: the largest absolute difference of a logit"
-    caption += _DECISIONS.get(str(dig(record.artifact, "task", "kind")), _DECISIONS["classification"]) + "."
-    allowed = number(dig(record.artifact, "parity", "max_abs_logit_difference_allowed"))
-    if allowed is not None:
-        caption += f" An fp32 graph that differs by more than {plain('', allowed)} is not handed out."
-    return _named_table(dig(record.artifact, "parity", "graphs"), caption, first="Graph")
-
-
-def invariance_table(record: Record) -> Table | None:
-    """Return how far padding and batch mates change each graph's answers, or None where that is not recorded."""
-    graphs = dig(record.artifact, "invariance")
-    found = {str(name): entry for name, entry in graphs.items()} if isinstance(graphs, Mapping) else {}
-    found = {name: entry for name, entry in found.items() if isinstance(entry, Mapping)}
-    if not found:
-        return None
-    columns = {
-        "Activation scales": [str(entry.get("activation_scales") or NOT_MEASURED) for entry in found.values()],
-        "Examples": [plain("", entry.get("examples")) for entry in found.values()],
-        "Changed decisions": [percent(number(entry.get("changed_decision_share"))) for entry in found.values()],
-        "Allowed": [percent(number(entry.get("changed_decision_share_allowed"))) for entry in found.values()],
-        "Largest logit difference": [plain("", entry.get("max_abs_logit_difference")) for entry in found.values()],
-        "Most changed": [_most_changed(entry) for entry in found.values()],
-    }
-    caption = (
-        "Each graph's answers to examples that are padded further, in batches that mix lengths or with other mates, against "
-        "its answers to each alone and unpadded: the largest share of changed decisions, and what is allowed."
-    )
-    lines = [Line([name, *(cells[at] for cells in columns.values())]) for at, name in enumerate(found)]
-    return Table(caption, ["Graph", *columns], lines, frozenset({0, 1, 6}))
-
-
-def _most_changed(entry: Mapping[str, Any]) -> str:
-    arrangements = entry.get("arrangements")
-    shares = {
-        str(name): number(dig(arrangement, "changed_decision_share")) or 0.0
-        for name, arrangement in (arrangements.items() if isinstance(arrangements, Mapping) else ())
-    }
-    return max(shares, key=lambda name: shares[name]) if any(shares.values()) else "–"
-
-
-def trials_table(record: Record) -> Table | None:
-    """Return what quantization tried, in order, or None where nothing is recorded."""
-    trials = dig(record.artifact, "quantization", "trials")
-    if not isinstance(trials, list):
-        return None
-    numbered = {str(place): trial for place, trial in enumerate(trials, start=1) if isinstance(trial, Mapping)}
-    return _named_table(numbered, "Quantization settings in the order they were tried.", first="Trial")
-
-
-def settings_table(record: Record) -> Table | None:
-    """Return the quantization settings that were kept, or None."""
-    quantization = dig(record.artifact, "quantization")
-    if not isinstance(quantization, Mapping):
-        return None
-    kept = {str(key): value for key, value in quantization.items() if key != "trials" and value is not None}
-    if not kept:
-        return None
-    lines = [Line([sentence(words(key)), plain(key, value)]) for key, value in kept.items()]
-    return Table("The quantization settings in the artifact.", ["Setting", "Value"], lines, frozenset({0, 1}))
-
-
-def _named_table(entries: Any, caption: str, *, first: str) -> Table | None:
-    """Return a table of like objects by name, with one column per key any of them has."""
-    if not isinstance(entries, Mapping):
-        return None
-    rows = {str(name): entry for name, entry in entries.items() if isinstance(entry, Mapping)}
-    keys = list(dict.fromkeys(str(key) for entry in rows.values() for key in entry))
-    if not rows or not keys:
-        return None
-    lines = [Line([name, *(plain(key, entry.get(key)) for key in keys)]) for name, entry in rows.items()]
-    wordy = {
-        place
-        for place, key in enumerate(keys, start=1)
-        if any(number(entry.get(key)) is None for entry in rows.values())
-    }
-    return Table(caption, [first, *(sentence(words(key)) for key in keys)], lines, frozenset({0} | wordy))
-
-
-def machine_table(records: Sequence[Record]) -> Table:
-    """Return the facts of every device, one column each."""
-    keys = ("started", "duration_seconds", "conditions")
-    facts = [
-        {sentence(name): text for name, text in _flat({**record.device, **{key: record.raw.get(key) for key in keys}})}
-        for record in records
-    ]
-    return _side_by_side("The machines, as they described themselves.", facts, records)
-
-
-def versions_table(records: Sequence[Record]) -> Table | None:
-    """Return the versions that ran on every device, one column each, or None where none are recorded."""
-    facts = [dict(_versions(record)) for record in records]
-    return _side_by_side("Software versions.", facts, records) if any(facts) else None
-
-
-def _versions(record: Record) -> Iterable[tuple[str, str]]:
-    versions = record.raw.get("versions")
-    for package, version in versions.items() if isinstance(versions, Mapping) else ():
-        yield str(package), "not installed" if version is None else plain("", version)
-
-
-def _side_by_side(caption: str, facts: Sequence[dict[str, str]], records: Sequence[Record]) -> Table:
-    keys = list(dict.fromkeys(key for column in facts for key in column))
-    lines = [Line([key, *(column.get(key, "not stated") for column in facts)]) for key in keys]
-    return Table(caption, ["Fact", *(record.name for record in records)], lines, frozenset(range(len(facts) + 1)))
-
-
-def _flat(value: Any, prefix: str = "", key: str = "") -> Iterable[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            label = f"{prefix} {words(str(name))}".strip()
-            yield from _flat(inner, label, str(name))
-    elif prefix and value is not None:
-        yield prefix, plain(key, value)

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 NOT_MEASURED = "not measured"
-_ACRONYMS = {"cpu": "CPU", "isa": "instruction sets", "mhz": "MHz", "rss": "RSS", "1m": "over 1 minute"}
+_ACRONYMS = {
+    "cpu": "CPU",
+    "isa": "instruction sets",
+    "mhz": "MHz",
+    "rss": "RSS",
+    "1m": "over 1 minute",
+    "celsius": "°C",
+    "gb": "GB",
+    "s": "per second",
+}
 _MOST_ITEMS = 8
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
 
@@ -55,6 +64,33 @@ def megabytes(value: float | None) -> str:
     if 0 < amount < 0.1:
         return f"{digits(value / 1e3)} kB"
     return f"{amount:,.0f} MB" if amount >= 10 else f"{digits(amount)} MB"
+
+
+def joules(value: float | None) -> str:
+    """Return an energy given in joules, with its unit."""
+    if value is None:
+        return NOT_MEASURED
+    for factor, unit in ((1, "J"), (1e3, "mJ")):
+        if value * factor >= 1:
+            return f"{digits(value * factor)} {unit}"
+    return f"{digits(value * 1e6)} µJ"
+
+
+def spread(low: float, high: float, *, scale: float = 1.0) -> str:
+    """Return the bounds of an interval, each divided by `scale`, without a unit."""
+    return f"{digits(low / scale)}–{digits(high / scale)}"
+
+
+def between(low: float, high: float, *, write: Callable[[float | None], str]) -> str:
+    """Return the bounds of an interval as `write` writes them, the unit once where both have the same."""
+    first, last = write(low), write(high)
+    amount, _, unit = first.rpartition(" ")
+    return f"{amount}–{last}" if amount and last.endswith(f" {unit}") else f"{first} to {last}"
+
+
+def joined(items: Sequence[str]) -> str:
+    """Return a list in words: "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
 
 
 def per_second(value: float | None) -> str:

@@ -1,7 +1,7 @@
 """What the measurements say, in sentences: the verdict, what the runtime gave, and whether int8 paid.
 
-Sentences are built from measured values only. A ratio of latencies is called faster or slower where its 95% interval
-excludes 1, and nothing is claimed where the interval covers 1 or is absent.
+A ratio of latencies is called faster or slower where its 95% interval excludes 1, and nothing is claimed where the interval
+covers 1 or is absent. Of an estimate every number is called so and stands beside its interval.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import itertools
 
 from bertemd_deploy.bench.statistics import speedup
+from bertemd_deploy.report.gates import baseline_sentence, budget_sentence
+from bertemd_deploy.report.kinds import failure_sentences, missing, noise_sentence, place
 from bertemd_deploy.report.records import Cell, Record, Variant
 from bertemd_deploy.report.summary import Comparison, Ratio, Row
 from bertemd_deploy.report.text import (
     NOT_MEASURED,
+    between,
     dig,
     megabytes,
     milliseconds,
@@ -37,30 +40,22 @@ def verdict(comparison: Comparison) -> str:
     """Return what was gained and lost on one device, in one sentence."""
     record, student, teacher = comparison.record, comparison.student, comparison.teacher
     if student is None:
-        return f"{_place(record)}, no student was measured."
+        why = missing(record)
+        return f"{place(record)}, no student was measured{'' if why == NOT_MEASURED else f' ({why})'}."
     layers = number(dig(record.artifact, "student", "layers"))
     name = f"the {int(layers)}-layer " if layers else "the "
-    facts = [_score_kept(record, student, teacher), _speed(comparison, student, teacher)]
+    speed = _estimated_speed if record.estimated else _speed
+    facts = [_score_kept(record, student, teacher), speed(comparison, student, teacher)]
     said = [fact for fact in facts if fact]
     if not said:
-        said = ["was measured"]
-    sentence = f"{_place(record)}, {name}{student.variant.precision} student {' and '.join(said)}"
+        said = ["was estimated" if record.estimated else "was measured"]
+    sentence = f"{place(record)}, {name}{student.variant.precision} student {' and '.join(said)}"
     if student.model_bytes is not None:
         sentence += f", in {megabytes(student.model_bytes)}"
         if teacher is not None and teacher.model_bytes is not None:
             sentence += f" instead of {megabytes(teacher.model_bytes)}"
     loss = excess_drop(comparison)
     return sentence + (f"; {loss}" if loss else "") + "."
-
-
-def _place(record: Record) -> str:
-    cores, cpu, kind = number(record.device.get("cores")), record.device.get("cpu"), record.device.get("kind")
-    machine = str(cpu) if cpu else record.name
-    if cores:
-        machine = f"{int(cores)}-core {machine}"
-    if kind == "estimated":
-        return f"Estimated, not measured, for {machine}"
-    return f"On this {machine}" + (f" ({kind})" if kind and kind != "measured" else "")
 
 
 def _score_kept(record: Record, student: Row, teacher: Row | None) -> str | None:
@@ -94,6 +89,23 @@ def _speed(comparison: Comparison, student: Row, teacher: Row | None) -> str | N
     if gain.outcome == "slower":
         return f"answers {ratio(gain.inverse.value)} slower ({both})"
     return f"is not claimed to be faster, for {_reason(gain)} ({both})"
+
+
+def _estimated_speed(comparison: Comparison, student: Row, teacher: Row | None) -> str | None:
+    if student.p50_ms is None or student.p50_interval is None or comparison.cell is None:
+        return None
+    said = f"is estimated to answer in {_estimate(student)} (p50 and its interval, {comparison.cell.label})"
+    if student.speedup is not None and teacher is not None:
+        gain = student.speedup
+        said += (
+            f", an estimate of {ratio(gain.value)} ({gain.interval}) the teacher's speed in {teacher.variant.runtime}"
+        )
+    return said
+
+
+def _estimate(row: Row) -> str:
+    interval = row.p50_interval
+    return f"{milliseconds(row.p50_ms)} ({between(*interval, write=milliseconds)})" if interval else ""
 
 
 def _reason(judged: Ratio) -> str:
@@ -133,8 +145,17 @@ def _quantized_pair(comparison: Comparison) -> tuple[Row, Row] | None:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """Return the sentences that stand below the verdict: what the runtime gave, and what quantization gave."""
-    return [said for said in (runtime_verdict(comparison), quantization_verdict(comparison)) if said]
+    """Return the sentences below the verdict: budget, baseline, what runtime and quantization gave, failures and noise."""
+    record = comparison.record
+    found = (
+        budget_sentence(record),
+        baseline_sentence(record),
+        runtime_verdict(comparison),
+        quantization_verdict(comparison),
+        *failure_sentences(record),
+        noise_sentence(record),
+    )
+    return [said for said in found if said]
 
 
 def runtime_verdict(comparison: Comparison) -> str | None:
@@ -166,6 +187,8 @@ def quantization_verdict(comparison: Comparison) -> str | None:
     if pair is None or cell is None or pair[0].p50_ms is None or pair[1].p50_ms is None:
         return None
     full, quantized = pair
+    if comparison.record.estimated:
+        return _estimated_quantization(comparison, full, quantized)
     kind = "fused " if quantized.variant.graph == "fused-int8" else ""
     numbers = f"p50 {milliseconds(quantized.p50_ms)} against {milliseconds(full.p50_ms)}, {cell.label}"
     judged = _measured_ratio(comparison, full, quantized)
@@ -182,6 +205,19 @@ def quantization_verdict(comparison: Comparison) -> str | None:
     cost = f", and changes {drop[0]} by {points(drop[1])} points" if drop else ""
     faster = judged is not None and judged.outcome == "faster"
     return f"Quantization: {outcome}{cost}. {_why(comparison.record, faster=faster)}".strip()
+
+
+def _estimated_quantization(comparison: Comparison, full: Row, quantized: Row) -> str | None:
+    before, after = full.p50_interval, quantized.p50_interval
+    if before is None or after is None or comparison.cell is None:
+        return None
+    numbers = f"estimates {_estimate(quantized)} against {_estimate(full)}, {comparison.cell.label}"
+    outcome = f"whether int8 is faster than fp32 there is open, for the intervals of the two overlap ({numbers})"
+    if after.high < before.low:
+        outcome = f"int8 is estimated to be faster than fp32 there ({numbers})"
+    elif before.high < after.low:
+        outcome = f"int8 is estimated to be slower than fp32 there ({numbers})"
+    return f"Quantization: {outcome}. {_why(comparison.record, faster=after.high < before.low)}".strip()
 
 
 def _why(record: Record, *, faster: bool) -> str:

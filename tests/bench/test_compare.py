@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from pathlib import Path
+import sys
 
-import numpy as np
 import pytest
 from tiny_artifact import (
     MAX_LENGTH,
@@ -17,27 +17,34 @@ from tiny_artifact import (
     write_tokenizer,
 )
 
-from bertemd_deploy.artifact import GRAPH_PRECISION, GRAPHS, Artifact
-from bertemd_deploy.bench import compare, passes
-from bertemd_deploy.bench.candidates import Candidate
-from bertemd_deploy.bench.compare import artifact_excerpt, bench
-from bertemd_deploy.errors import ArtifactError, MeasurementError
+from bertemd_deploy.artifact import Artifact
+from bertemd_deploy.bench import compare, passes, profiles
+from bertemd_deploy.bench import record as recording
+from bertemd_deploy.bench.compare import bench, usable_threads
+from bertemd_deploy.bench.limits import Limits
+from bertemd_deploy.devices import find_device, load_devices
+from bertemd_deploy.errors import ArtifactError, MeasurementError, MemoryLimitError, NoisyError
 from bertemd_deploy.report import report
+from bertemd_deploy.runtime import CpuLimits
 from bertemd_deploy.settings import BenchSettings
 
 SMALL = BenchSettings(
     sequence_lengths=(4, "max", 64),
     batch_sizes=(1, 2),
     threads=(1,),
-    rounds=2,
-    seconds_per_cell=0.004,
+    rounds=3,
+    seconds_per_cell=0.006,
     graphs=("fp32", "int8"),
+    paced_interval_ms=5.0,
+    paced_requests=2,
+    idle_seconds=0.02,
 )
+BRIEF = {"rounds": 2, "seconds_per_cell": 0.004, "paced_interval_ms": 0.0, "idle_seconds": 0.0, "arena": False}
 
 
 @pytest.fixture(autouse=True)
 def one_cold_start(monkeypatch):
-    monkeypatch.setattr(passes, "COLD_STARTS", 1)
+    monkeypatch.setattr(profiles, "COLD_STARTS", 1)
 
 
 @pytest.fixture
@@ -66,6 +73,8 @@ def test_record_of_teacher_and_student(artifact_folder, graph_teacher, tmp_path)
     assert record["started"].endswith("+00:00")
     assert record["notes"] == ["sequence lengths [64] left out: the artifact's longest input is 12 tokens"]
     assert record["baseline"] == "teacher onnxruntime fp32"
+    assert set(record["noise"]) == {"noisy", "reasons"}
+    assert record["conditions"]["during"]["samples"] >= 2
     assert record["distillation"] == {"flow": [[1.0]]}
     assert record["artifact"]["files"]["onnx/model.onnx"] == (artifact_folder / "onnx/model.onnx").stat().st_size
 
@@ -77,6 +86,12 @@ def test_record_of_teacher_and_student(artifact_folder, graph_teacher, tmp_path)
     # Equal weights with the outputs in another order: equal decisions only if the labels were matched by name.
     assert [entry["agreement_with_teacher"] for entry in record["models"]] == [None, 1.0, 1.0]
     assert all(entry["metrics"] == {"accuracy": 1.0, "f1": 1.0} for entry in record["models"])
+    for entry in record["models"]:
+        assert entry["failed"] is None
+        assert entry["memory"]["arena"]["peak_rss_bytes"] == entry["peak_rss_bytes"]
+        assert entry["memory"]["no_arena"]["final_rss_bytes"] > 2**20
+        assert entry["cold_start_ms"]["process"] > entry["cold_start_ms"]["first"]
+        assert entry["idle"] is None  # one thread
 
     churn = record["churn"]
     assert churn["models"] == dict(
@@ -102,10 +117,19 @@ def test_record_of_teacher_and_student(artifact_folder, graph_teacher, tmp_path)
         assert part["peak_rss_bytes"] > 2**20
         assert (part["end_to_end_ms"] is not None) == (part["sequence"] == "replay")
         assert (part["speedup_vs_teacher"] is None) == (part["model"] == "teacher")
+        if part["n"] >= 5:  # a busy machine cuts turns short
+            low, high = latency["p50_ci95"]
+            assert low <= latency["p50"] <= high
+        assert part["energy_joules_per_inference"] is None or part["energy_joules_per_inference"]["value"] > 0
+        paced = part["batch"] == 1 and part["sequence"] in (MAX_LENGTH, "replay")
+        assert (part["paced_ms"] is not None) == paced
+        if paced:
+            assert set(part["paced_ms"]) == {"interval_ms", "p50", "p90", "p95", "n", "samples"}
+            assert (part["paced_ms"]["interval_ms"], part["paced_ms"]["n"]) == (5.0, 2)
         if part["model"] == "student":
-            low, high = part["speedup_vs_teacher"]["ci95"]
-            assert low <= high
-            assert part["speedup_vs_teacher"]["claimed"] is (low > 1)
+            interval = part["speedup_vs_teacher"]["ci95"]
+            assert interval is None or interval[0] <= interval[1]
+            assert part["speedup_vs_teacher"]["claimed"] is (interval is not None and interval[0] > 1)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +148,7 @@ def test_kinds_that_decide_on_tokens(tmp_path, kind, metrics, examples):
     if "logits" in tables:
         tables = {"logits": tables["logits"][:, [2, 0, 1]]}
     write_lookup(teacher / "onnx/model.onnx", tables)
-    settings = BenchSettings(
-        sequence_lengths=(4,), batch_sizes=(2,), threads=(1,), rounds=2, seconds_per_cell=0.004, graphs=("fp32",)
-    )
+    settings = BenchSettings(sequence_lengths=(4,), batch_sizes=(2,), threads=(1,), **BRIEF, graphs=("fp32",))
     record = bench(folder, teacher=teacher, out=tmp_path / "bench", settings=settings)
     assert [entry["metrics"] for entry in record["models"]] == [metrics] * 2
     assert [entry["agreement_with_teacher"] for entry in record["models"]] == [None, 1.0]
@@ -147,8 +169,7 @@ def test_student_alone_has_no_speedup(artifact_folder, tmp_path):
         sequence_lengths=(4,),
         batch_sizes=(1,),
         threads=(1,),
-        rounds=2,
-        seconds_per_cell=0.004,
+        **BRIEF,
         replay=False,
         graphs=("int8",),
     )
@@ -169,10 +190,8 @@ def test_student_alone_has_no_speedup(artifact_folder, tmp_path):
 @pytest.mark.usefixtures("no_torch")
 def test_nothing_is_claimed_on_a_busy_machine(artifact_folder, graph_teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(passes.OtherWork, "cpus_busy", lambda self: float(self.cpus))
-    monkeypatch.setattr(compare, "speedup", lambda *_, **__: {"p50": 4.0, "ci95": [3.0, 5.0], "claimed": True})
-    settings = BenchSettings(
-        sequence_lengths=(4,), batch_sizes=(1,), threads=(1,), rounds=2, seconds_per_cell=0.004, replay=False
-    )
+    monkeypatch.setattr(recording, "speedup", lambda *_, **__: {"p50": 4.0, "ci95": [3.0, 5.0], "claimed": True})
+    settings = BenchSettings(sequence_lengths=(4,), batch_sizes=(1,), threads=(1,), **BRIEF, replay=False)
     record = bench(artifact_folder, teacher=graph_teacher, out=tmp_path / "report", settings=settings)
     gains = [part["speedup_vs_teacher"] for part in record["measurements"] if part["model"] == "student"]
     assert gains == [{"p50": 4.0, "ci95": [3.0, 5.0], "claimed": False}] * 2
@@ -202,44 +221,6 @@ def test_a_changed_file_is_refused_before_anything_is_measured(artifact_folder, 
         bench(artifact_folder, teacher=None, out=tmp_path / "report", settings=SMALL)
 
 
-def test_an_exported_teacher_that_is_another_function_is_refused():
-    logits = np.zeros((4, 2), dtype=np.float32)
-    compare._check_teacher_graph(logits, logits + 0.009)
-    for other in (logits + 0.02, logits * math.nan):
-        with pytest.raises(MeasurementError, match="the teacher's ONNX graph differs from PyTorch by"):
-            compare._check_teacher_graph(logits, other)
-
-
-@pytest.mark.parametrize(
-    ("teacher", "graphs", "chosen"),
-    [
-        (True, GRAPHS, ["teacher", "fused", "fused-int8"]),
-        (False, ("fp32", "int8"), ["fp32", "int8"]),
-        (True, ("fp32", "int8", "fused"), ["teacher", "fp32", "int8"]),
-        (True, ("fp32", "fused-int8"), ["teacher", "fp32", "fused-int8"]),
-        (True, ("fused-int8",), ["teacher", "fused-int8"]),
-        (True, ("fp32", "fused"), ["teacher", "fused"]),
-        (False, ("int8",), ["int8"]),
-    ],
-)
-def test_the_int8_graph_is_compared_with_the_one_it_came_from(teacher, graphs, chosen):
-    def candidate(model, graph):
-        return Candidate(model, "onnxruntime", graph, GRAPH_PRECISION[graph], Path(), 1, None, None, None, (0,))
-
-    candidates = [candidate("teacher", "fp32")] * teacher + [candidate("student", graph) for graph in graphs]
-    found = compare._steps(candidates)
-    named = ["teacher" if candidates[at].model == "teacher" else candidates[at].graph for at in found.values()]
-    assert named == chosen
-
-
-def test_excerpt_counts_long_lists_and_keeps_the_rest(artifact):
-    excerpt = artifact_excerpt(artifact)
-    assert excerpt["quantization"] == {"mode": "dynamic", "excluded": {"count": 20}, "trials": [{"drop": 0.0}]}
-    assert excerpt["labels"] == ["negative", "positive"]
-    assert excerpt["student"]["layers"] == 1
-    assert excerpt["teacher"] is None
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("quiet_machine")
 def test_pytorch_teacher_is_the_baseline_of_its_own_graph_and_of_the_student(tmp_path):
@@ -260,9 +241,7 @@ def test_pytorch_teacher_is_the_baseline_of_its_own_graph_and_of_the_student(tmp
     model.save_pretrained(tmp_path / "teacher")
     write_tokenizer(tmp_path / "teacher")
     folder = write_artifact(tmp_path / "artifact")
-    settings = BenchSettings(
-        sequence_lengths=(4,), batch_sizes=(2,), threads=(1,), rounds=2, seconds_per_cell=0.02, graphs=("fp32",)
-    )
+    settings = BenchSettings(sequence_lengths=(4,), batch_sizes=(2,), threads=(1,), graphs=("fp32",), **BRIEF)
     record = bench(folder, teacher=tmp_path / "teacher", out=tmp_path / "report", settings=settings)
 
     assert record["baseline"] == "teacher pytorch fp32"
@@ -280,3 +259,157 @@ def test_pytorch_teacher_is_the_baseline_of_its_own_graph_and_of_the_student(tmp
     assert pytorch["metrics"]["accuracy"] == float((decided == Artifact.load(folder).evaluation().labels).mean())
     gains = [part["speedup_vs_teacher"] for part in record["measurements"]]
     assert [gain is None for gain in gains] == [True, False, False] * 2
+
+
+# ---- quiet and noisy runs
+
+
+@pytest.fixture
+def noisy(monkeypatch):
+    monkeypatch.setattr(compare, "judge_noise", lambda record: {"noisy": True, "reasons": ["a fan was lost", "rain"]})
+
+
+def brief(**changes):
+    return BenchSettings(sequence_lengths=(4,), batch_sizes=(1,), threads=(1,), graphs=("fp32",), **BRIEF | changes)
+
+
+@pytest.mark.usefixtures("quiet_machine", "noisy")
+def test_a_noisy_run_says_so(artifact_folder, tmp_path, capsys):
+    record = bench(artifact_folder, teacher=None, out=tmp_path / "report", settings=brief())
+    assert record["noise"] == {"noisy": True, "reasons": ["a fan was lost", "rain"]}
+    assert "the measurement is noisy: a fan was lost; rain." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quiet_machine", "noisy")
+def test_a_noisy_run_is_written_and_fails_where_a_quiet_one_is_asked_for(artifact_folder, tmp_path):
+    out = tmp_path / "report"
+    with pytest.raises(
+        NoisyError, match=r"noisy: a fan was lost; rain\. .*record\.json is written all the same"
+    ) as error:
+        bench(artifact_folder, teacher=None, out=out, settings=brief(strict=True))
+    assert error.value.exit_code == 3
+    assert json.loads((out / "record.json").read_text())["noise"]["noisy"] is True
+
+
+@pytest.mark.usefixtures("quiet_machine")
+def test_a_quiet_run_passes_where_one_is_asked_for(artifact_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "judge_noise", lambda record: {"noisy": False, "reasons": []})
+    record = bench(artifact_folder, teacher=None, out=tmp_path / "report", settings=brief(strict=True))
+    assert record["settings"]["strict"] is True
+
+
+# ---- places this machine stands in for
+
+
+@pytest.mark.parametrize(
+    ("cpus", "session_threads", "limits", "expected"),
+    [
+        (CpuLimits(8, None, 4), None, None, (4, 8)),
+        (CpuLimits(8, 2.5, 4), None, None, (3, 3)),
+        (CpuLimits(8, None, 4), None, Limits(cpus=2), (2, 2)),
+        (CpuLimits(8, None, 4), None, Limits(cpus=4, cpu_share=0.5), (1, 1)),
+        (CpuLimits(8, None, 4), None, Limits(cpu_share=1.5), (2, 2)),
+        (CpuLimits(8, None, 4), None, Limits(memory_bytes=2**20), (4, 8)),
+        (CpuLimits(8, None, 4), 2, Limits(cpus=4), (2, 4)),
+        (CpuLimits(2, None, 2), 4, None, (2, 2)),
+    ],
+)
+def test_threads_go_by_this_process_the_device_and_the_limits(cpus, session_threads, limits, expected):
+    device = None
+    if session_threads is not None:
+        device = find_device("raspberry-pi-5", load_devices())
+        device = dataclasses.replace(device, session=dataclasses.replace(device.session, threads=session_threads))
+    assert usable_threads(cpus, device=device, limits=limits) == expected
+
+
+@pytest.mark.usefixtures("quiet_machine")
+def test_record_of_a_device_this_machine_stands_in_for(artifact_folder, tmp_path):
+    device = find_device("raspberry-pi-5", load_devices())
+    limits = Limits(cpus=1, memory_bytes=4 * 2**30)
+    record = bench(
+        artifact_folder, teacher=None, out=tmp_path / "report", settings=brief(), device=device, limits=limits
+    )
+    found = record["device"]
+    assert (found["kind"], found["name"], found["target"]) == ("constrained", "raspberry-pi-5", device.target)
+    assert found["row"]["title"] == device.title
+    assert (found["cores"], found["threads"], found["memory_bytes"]) == (1, 1, 4 * 2**30)
+    assert found["limited_to"] == {"cpus": 1, "cpu_share": None, "memory_bytes": 4 * 2**30}
+    assert found["confinement"]["cpus"] in ("affinity", "not limited")
+    assert found["host"]["memory_bytes"] > 2**20
+    (entry,) = record["models"]
+    own, other = ("arena", "no_arena") if device.session.arena else ("no_arena", "arena")
+    assert entry["memory"][own]["peak_rss_bytes"] == entry["peak_rss_bytes"]
+    assert entry["memory"][other] is None
+    assert json.loads((tmp_path / "report/record.json").read_text()) == json.loads(json.dumps(record))
+
+
+def does_not_fit(name):
+    return MemoryLimitError(f"bench, {name}: does not fit into 40 MiB.", limit_bytes=40 * 2**20, peak_bytes=39 * 2**20)
+
+
+FAILED = {"reason": "out of memory", "limit_bytes": 40 * 2**20, "peak_bytes": 39 * 2**20}
+
+
+@pytest.mark.usefixtures("no_torch", "quiet_machine")
+@pytest.mark.parametrize("early", [True, False], ids=["before it is timed", "while it is timed"])
+def test_a_model_that_does_not_fit_is_a_result(artifact_folder, graph_teacher, tmp_path, monkeypatch, capsys, early):
+    lost = "student onnxruntime int8"
+    if early:
+
+        def profile(candidate, **fields):
+            if candidate.name == lost:
+                raise does_not_fit(lost)
+            return profiles.profile(candidate, **fields)
+
+        monkeypatch.setattr(compare, "profile", profile)
+    else:
+        time_cells = compare.time_cells
+        monkeypatch.setattr(
+            compare,
+            "time_cells",
+            lambda *found, **fields: (time_cells(*found, **fields)[0], {lost: does_not_fit(lost)}),
+        )
+    settings = dataclasses.replace(brief(), graphs=("fp32", "int8"))
+    record = bench(artifact_folder, teacher=graph_teacher, out=tmp_path / "bench", settings=settings)
+    assert [entry["failed"] for entry in record["models"]] == [None, None, FAILED]
+    assert {(part["model"], part["graph"]) for part in record["measurements"]} == {
+        ("teacher", "fp32"),
+        ("student", "fp32"),
+    }
+    failed = record["models"][2]
+    assert (failed["metrics"] is None, failed["cold_start_ms"] is None) == (early, early)
+    assert failed["model_bytes"] > 0
+    assert set(record["churn"]["models"]) == ({"teacher", "student"} if early else {"teacher", "student", "int8"})
+    assert "student onnxruntime int8: does not fit into 40 MiB" in record["notes"]
+    assert "does not fit into 40 MiB." in capsys.readouterr().err
+    page = report([tmp_path / "bench/record.json"], out=tmp_path / "report")
+    assert page.is_file()
+
+
+@pytest.mark.usefixtures("no_torch", "quiet_machine")
+def test_a_teacher_that_does_not_fit_leaves_the_student_without_a_speedup(
+    artifact_folder, graph_teacher, tmp_path, monkeypatch
+):
+    def profile(candidate, **fields):
+        if candidate.model == "teacher":
+            raise does_not_fit(candidate.name)
+        return profiles.profile(candidate, **fields)
+
+    monkeypatch.setattr(compare, "profile", profile)
+    record = bench(artifact_folder, teacher=graph_teacher, out=tmp_path / "bench", settings=brief())
+    assert record["baseline"] is None
+    assert [entry["failed"] for entry in record["models"]] == [FAILED, None]
+    assert [entry["agreement_with_teacher"] for entry in record["models"]] == [None, None]
+    assert {part["speedup_vs_teacher"] for part in record["measurements"]} == {None}
+    assert report([tmp_path / "bench/record.json"], out=tmp_path / "report").is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no memory limits")
+def test_a_place_too_small_for_any_model(artifact_folder, tmp_path):
+    limits = Limits(memory_bytes=24 * 2**20)  # the interpreter with its packages takes more
+    record = bench(artifact_folder, teacher=None, out=tmp_path / "bench", settings=brief(), limits=limits)
+    (entry,) = record["models"]
+    assert (entry["failed"]["reason"], entry["failed"]["limit_bytes"]) == ("out of memory", 24 * 2**20)
+    assert record["measurements"] == []
+    assert record["churn"] is None
+    assert report([tmp_path / "bench/record.json"], out=tmp_path / "report").is_file()

@@ -131,7 +131,37 @@ def test_conditions_of_a_board(tmp_path):
 
 def test_conditions_unknown_are_none(tmp_path):
     found = conditions(tmp_path)
-    assert (found["temperature_celsius"], found["frequency_mhz"], found["throttled"]) == (None, None, None)
+    del found["load_1m"]  # of the system itself
+    assert set(found.values()) == {None}
+
+
+def test_the_clock_is_that_of_the_fastest_core(tmp_path):
+    fake_board(tmp_path)
+    other = tmp_path / "sys/devices/system/cpu/cpu3/cpufreq"
+    other.mkdir(parents=True)
+    (other / "scaling_cur_freq").write_text("1500000\n")
+    assert conditions(tmp_path)["frequency_mhz"] == 1500.0
+
+
+def test_the_clock_without_cpufreq_is_read_from_cpuinfo(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(X86 + "cpu MHz\t\t: 3200.25\n")
+    assert conditions(tmp_path)["frequency_mhz"] == 3200.25
+
+
+def test_counters_since_boot(tmp_path):
+    files = {
+        "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": "2\n",
+        "sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_count": "3\n",
+        "sys/devices/system/cpu/cpu1/thermal_throttle/package_throttle_count": "4\n",
+        "sys/fs/cgroup/cpu.stat": "usage_usec 9\nnr_throttled 2\nthrottled_usec 1500000\n",
+        "proc/stat": f"cpu  1 2 3 4 5 6 7 {2 * os.sysconf('SC_CLK_TCK')} 0 0\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = conditions(tmp_path)
+    assert (found["throttle_count"], found["quota_throttled_seconds"], found["stolen_cpu_seconds"]) == (9, 1.5, 2.0)
 
 
 def test_versions_of_absent_packages_are_none():
@@ -177,10 +207,17 @@ def test_other_work_leaves_out_our_workers_and_cpus_we_may_not_use(monkeypatch):
     assert watch.cpus_busy() == pytest.approx(0.7)
 
 
+def test_our_cpus_are_those_of_the_first_worker(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "psutil", FakePsutil())
+    monkeypatch.setattr(os, "sched_getaffinity", {0: {0, 1, 2}, 77: {1}, 78: {1}}.__getitem__, raising=False)
+    assert OtherWork([77, 78]).cpus == 1
+    assert OtherWork([]).cpus == 3
+
+
 def test_other_work_is_never_negative(monkeypatch):
     fake = FakePsutil()
     monkeypatch.setitem(__import__("sys").modules, "psutil", fake)
-    watch = OtherWork([1])
+    watch = OtherWork([os.getpid()])
     fake.own = 3.0
     assert watch.cpus_busy() == 0.0
 

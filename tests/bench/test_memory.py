@@ -57,3 +57,19 @@ def test_weight_bytes_count_one_copy_of_the_weights(tmp_path, names, size):
 def test_weight_bytes_of_a_folder_without_weights(tmp_path):
     with pytest.raises(ModelError, match=r"holds no weights \(model.safetensors or pytorch_model.bin\)"):
         weight_bytes(tmp_path)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["proc", "psutil"])
+def test_memory_now_grows_with_what_is_touched(monkeypatch, tmp_path, known):
+    if not known:
+        monkeypatch.setattr(memory, "PROC_STATUS", tmp_path / "absent")
+    before = rss_bytes()
+    block = np.ones(64 * 2**20, dtype=np.uint8)
+    assert 32 * 2**20 < rss_bytes() - before < 128 * 2**20
+    assert block.nbytes == 64 * 2**20
+
+
+def test_memory_now_is_read_from_the_status_where_there_is_one(monkeypatch, tmp_path):
+    (tmp_path / "status").write_text("VmHWM:\t 4096 kB\nVmRSS:\t 2048 kB\n")
+    monkeypatch.setattr(memory, "PROC_STATUS", tmp_path / "status")
+    assert (rss_bytes(), peak_rss_bytes()) == (2 * 2**20, 4 * 2**20)

@@ -6,7 +6,7 @@ from tiny_artifact import MAX_LENGTH, TEXTS, WORDS, write_artifact
 from tokenizers import Tokenizer
 
 from bertemd_deploy.artifact import Artifact
-from bertemd_deploy.bench.workload import MEMORY_ROWS, Cell, Workload, plan_cells
+from bertemd_deploy.bench.workload import MEMORY_ROWS, Cell, Workload, paced_cells, plan_cells
 from bertemd_deploy.errors import ArtifactError, MeasurementError
 from bertemd_deploy.settings import BenchSettings
 
@@ -43,6 +43,26 @@ def test_an_empty_grid_is_an_error():
     ) as error:
         plan_cells(settings, max_length=32, cpus=2, most_threads=2)
     assert 'bench.sequence_lengths=["max"]' in str(error.value)
+
+
+def test_single_examples_at_the_length_nearest_32_and_the_replay_are_paced():
+    cells, _ = plan_cells(BenchSettings(), max_length=128, cpus=4, most_threads=8)
+    assert paced_cells(cells) == [Cell(1, 32, 4), Cell(1, "replay", 4)]
+
+
+@pytest.mark.parametrize(
+    ("cells", "chosen"),
+    [
+        ([Cell(1, 24, 2), Cell(1, 40, 2), Cell(8, 32, 2)], [Cell(1, 24, 2)]),
+        ([Cell(1, 16, 1), Cell(1, 128, 1)], [Cell(1, 16, 1)]),
+        ([Cell(1, "replay", 1)], [Cell(1, "replay", 1)]),
+        ([Cell(8, 32, 2), Cell(8, "replay", 2)], []),
+        ([], []),
+    ],
+    ids=["the shorter of two", "the nearest", "replay alone", "batches alone", "nothing"],
+)
+def test_paced_cells(cells, chosen):
+    assert paced_cells(cells) == chosen
 
 
 def test_synthetic_inputs_hold_no_special_tokens(artifact):

@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from bertemd_deploy.batching import Batch, Batching
 from bertemd_deploy.bert_graph import fusable_graph, portable_graph
-from bertemd_deploy.devices import matrix_precision
 from bertemd_deploy.errors import ExportError, ModelError, TrainingError, UnfinishedError
 from bertemd_deploy.fuse import fuse
 from bertemd_deploy.mapping import LayerMapping
@@ -33,6 +32,7 @@ from bertemd_deploy.runtime import open_session, predict_logits
 from bertemd_deploy.settings import DistillSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.training import Schedule, fit
+from bertemd_deploy.training_device import matrix_precision
 
 QUERY, KEY = (f"bert.encoder.layer.0.attention.self.{part}" for part in ("query", "key"))
 ROWS = 24

@@ -4,11 +4,16 @@ import re
 
 import numpy as np
 import pytest
+from tiny_record import estimated, held, in_use, other_student
 
-from bertemd_deploy.report.figures import latency_by_length, memory_and_size, score_by_latency
+from bertemd_deploy.report.drawing import Marks, canvas, to_svg
+from bertemd_deploy.report.figures import cold_start, device_figures, latency_by_length, memory_and_size
 from bertemd_deploy.report.mapping import distillation_figures, flow_maps, loss_curves, marginal_maps, matrix
+from bertemd_deploy.report.pareto import frontier, score_by_latency, students_figures
+from bertemd_deploy.report.reading import named
 from bertemd_deploy.report.records import Record
 from bertemd_deploy.report.summary import compare
+from bertemd_deploy.report.usage_figures import memory_arena, paced_latency, thread_scaling
 
 pytest.importorskip("matplotlib")
 
@@ -131,3 +136,114 @@ def test_bar_without_value_says_so(record) -> None:
     assert drawing is not None
     assert " not measured" in texts(drawing.svg)
     assert "Student fp32, fused not measured" in drawing.alternative
+
+
+def titles(svg: str) -> list[str]:
+    return re.findall(r"<title>([^<]*)</title>", svg)
+
+
+def test_every_point_says_its_number_and_belongs_to_its_model(record) -> None:
+    drawing = latency_by_length(Record(record, "device"), name="x")
+    assert drawing is not None
+    said = titles(drawing.svg)
+    assert len(said) == drawing.svg.count('class="mark"') == 6 * 4 * 2  # models, lengths, panels
+    latency = next(
+        entry["latency_ms"]
+        for entry in record["measurements"]
+        if (entry["graph"], entry["batch"], entry["sequence"], entry["threads"]) == ("fused-int8", 1, 64, 1)
+    )
+    low, high = latency["p50_ci95"]
+    assert f"Student int8, fused: {latency['p50']:.2f} ms ({low:.2f}–{high:.2f}) at 64 tokens" in said
+    models = set(re.findall(r'data-model="([^"]*)"', drawing.svg))
+    assert models == {variant.key for variant in Record(record, "device").variants}
+    assert "95% intervals" in drawing.caption
+
+
+def test_points_without_words_are_our_mistake() -> None:
+    marks = Marks()
+    with canvas("x") as figure:
+        (line,) = figure.subplots().plot([1, 2], [1, 2], marker="o")
+        marks.add(line, "model", ["only one"])
+        with pytest.raises(ValueError, match="zip"):
+            to_svg(figure, alternative="x", marks=marks)
+
+
+def test_an_estimate_is_drawn_with_its_interval_and_called_one(record) -> None:
+    comparison = compare(Record(estimated(in_use(record)), "device"))
+    found = {drawing.title: drawing for drawing in device_figures(comparison, name="x")}
+    assert set(found) == {
+        "Latency against input length",
+        "Accuracy against latency",
+        "What threads give and cost",
+        "Memory and size",
+    }
+    assert all("estimate" in drawing.caption.lower() for drawing in found.values())
+    latency = found["Latency against input length"]
+    assert all(": estimate " in title and "–" in title for title in titles(latency.svg))
+    assert latency.alternative.startswith("Estimated median latency")
+
+
+def test_threads_show_latency_and_cpu_time(record) -> None:
+    drawing = thread_scaling(compare(Record(record, "device")), name="x")
+    assert drawing is not None
+    assert {"latency, p50", "CPU time per call", "1", "2"} <= set(texts(drawing.svg))
+    assert len(titles(drawing.svg)) == 6 * 2 * 2
+    for entry in record["measurements"]:
+        entry["cpu_seconds_per_inference"] = None
+    alone = thread_scaling(compare(Record(record, "device")), name="x")
+    assert alone is not None
+    assert "CPU" not in alone.alternative
+    record["measurements"] = [entry for entry in record["measurements"] if entry["threads"] == 2]
+    assert thread_scaling(compare(Record(record, "device")), name="x") is None
+
+
+def test_paced_stands_beside_the_loop(record) -> None:
+    assert paced_latency(compare(Record(record, "device")), name="x") is None
+    used = compare(Record(in_use(record), "device"))
+    drawing = paced_latency(used, name="x")
+    assert drawing is not None
+    assert {"in a loop", "one by one"} <= set(texts(drawing.svg))
+    assert "batch 1, replay of real lengths, 2 threads" in drawing.caption
+    assert len(titles(drawing.svg)) == 6 * 2
+
+
+def test_arena_on_and_off(record) -> None:
+    assert memory_arena(compare(Record(record, "device")), name="x") is None
+    drawing = memory_arena(compare(Record(in_use(record), "device")), name="x")
+    assert drawing is not None
+    assert "Student int8, fused 124 MB with arena, 87 MB without" in drawing.alternative
+    assert "PyTorch" not in drawing.alternative
+
+
+def test_cold_start_shows_the_process_where_it_was_measured(record) -> None:
+    before = cold_start(compare(Record(record, "device")), name="x")
+    after = cold_start(compare(Record(in_use(record), "device")), name="x")
+    assert before is not None
+    assert after is not None
+    assert "start of the process" not in before.alternative
+    assert "start of the process 60.0 ms, import 180 ms" in after.alternative
+    assert len(titles(after.svg)) == 6 * 4
+
+
+def test_a_model_that_did_not_fit_has_no_bar(record) -> None:
+    drawing = memory_and_size(compare(Record(held(record), "device")), name="x")
+    assert drawing is not None
+    assert texts(drawing.svg).count(" did not fit") == 2
+
+
+def test_students_stand_on_one_plot_per_device_and_kind(record) -> None:
+    raws = [record, other_student(record), estimated(record), estimated(other_student(record)), held(record)]
+    drawings = students_figures([compare(found) for found in named(raws)])
+    assert [drawing.title for drawing in drawings] == [
+        "Students on AMD EPYC (2 cores, Linux x86_64) (measured)",
+        "Students on raspberry-pi-5 (estimated)",
+    ]
+    measured, guessed = drawings
+    assert len(titles(measured.svg)) == 3
+    assert "6 layers, width 768: int8, fused 0.947" in measured.alternative
+    assert all("estimate " in title for title in titles(guessed.svg))
+    assert students_figures([compare(found) for found in named([record, held(record)])]) == []
+
+
+def test_frontier_drops_what_is_beaten_in_both() -> None:
+    assert frontier([(3, 0.9), (1, 0.8), (2, 0.7), (4, 0.9), (1, 0.6)]) == [(1, 0.8), (3, 0.9)]

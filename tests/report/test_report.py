@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tiny_record import build_record, estimated, held, in_use, other_student
 
-from bertemd_deploy.errors import ArtifactError, BertemdError
-from bertemd_deploy.report import report
+from bertemd_deploy.budget import Budget, budget_entry
+from bertemd_deploy.errors import ArtifactError, BertemdError, BudgetError
+from bertemd_deploy.report import enforce, html, model_card_table, report
+from bertemd_deploy.report.artifact_tables import parity_table
 from bertemd_deploy.report.records import Record
-from bertemd_deploy.report.tables import parity_table
 
 pytest.importorskip("matplotlib")
 
@@ -28,7 +30,7 @@ LOADING = {
 class Page(HTMLParser):
     """What the tests ask of a page: tags with attributes, text, table rows, and whether tags are balanced."""
 
-    VOID = frozenset({"meta", "br", "img", "link", "hr"})
+    VOID = frozenset({"meta", "br", "img", "link", "hr", "input"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.words.append(data)
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
@@ -97,7 +99,7 @@ def test_page_is_one_small_file_that_asks_for_nothing(full) -> None:
     assert len(text.encode()) < 1_000_000
     assert not re.search(r"https?://|//cdn|@import|url\((?!#)", text)
     page = Page(text)
-    assert page.all("script") == []
+    assert page.all("script") == [{}]
     assert not [tag for tag, attributes in page.tags for name in attributes if (tag, name) in LOADING]
     links = [
         value or ""
@@ -129,6 +131,7 @@ def test_every_figure_has_a_title_a_caption_and_words_for_who_cannot_see_it(full
     assert titles == [
         "Latency against input length",
         "Accuracy against latency",
+        "What threads give and cost",
         "Memory and size",
         "Cold start",
         "EMD flow between attention scores",
@@ -252,7 +255,7 @@ def test_student_alone_without_distillation(bare, save, tmp_path) -> None:
     assert "teacher not measured here, 0.951 by the artifact" in page.text
     assert "Which teacher layer taught which" not in page.text
     assert "Speed-up (95% interval)" not in page.text
-    assert len(page.all("svg")) == 4
+    assert len(page.all("svg")) == 5
     assert "beside its teacher" not in page.text
 
 
@@ -308,8 +311,9 @@ def test_text_from_records_is_escaped(record, save, tmp_path) -> None:
         entry["metrics"] = {evil: 0.9}
     path = report([save(record)], out=tmp_path / "out")
     page = page_of(path)
-    assert page.all("script") == []
+    assert page.all("script") == [{}]
     assert evil in page.text
+    assert "<script>alert" not in path.read_text(encoding="utf-8")
     assert "<script" not in path.with_name("report.md").read_text(encoding="utf-8")
 
 
@@ -320,9 +324,10 @@ def test_several_devices_on_one_page(record, build, save, tmp_path) -> None:
     page = page_of(path)
     assert "On this 2-core AMD EPYC, " in page.text
     assert "On this 4-core Cortex-A76, " in page.text
+    assert page.row("Device")[-1] == "Size"
     assert "measured 2026-03-04, on 2 devices." in page.text
     assert page.row("CPU") == ["CPU", "AMD EPYC", "Cortex-A76"]
-    assert len(page.all("svg")) == 2 * 4 + 2 * 4  # the two distillations differ
+    assert len(page.all("svg")) == 2 * 5 + 2 * 4  # the two distillations differ
     assert len(json.loads(path.with_name("report.json").read_text(encoding="utf-8"))) == 2
     assert "### Raspberry Pi 5" in path.with_name("report.md").read_text(encoding="utf-8")
     assert path.stat().st_size < 1_000_000
@@ -363,4 +368,102 @@ def test_missing_matplotlib_names_the_extra(record, save, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BertemdError, match=r"needs the 'report' extra \(matplotlib is not installed\)"):
         report([save(record)], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory) -> Path:
+    """The report on all kinds of numbers, two students, budgets and a baseline."""
+    folder = tmp_path_factory.mktemp("every")
+    local = in_use(build_record())
+    records = [local, held(local), estimated(local), other_student(local)]
+    paths = []
+    for place, record in enumerate(records):
+        record["budget"] = budget_entry(record, Budget(max_p95_ms=12, max_size_mb=20, min_retention=0.98))
+        paths.append(folder / f"{place}.json")
+        paths[-1].write_text(json.dumps(record), encoding="utf-8")
+    earlier = build_record()
+    for entry in earlier["models"]:
+        entry["peak_rss_bytes"] *= 0.5
+    (folder / "baseline.json").write_text(json.dumps(earlier), encoding="utf-8")
+    return report(paths, out=folder / "out", baseline=folder / "baseline.json")
+
+
+def test_every_kind_of_number_on_one_page(every) -> None:
+    text = every.read_text(encoding="utf-8")
+    page = page_of(every)
+    headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", text)
+    assert headings[:5] == ["At a glance", "Students side by side", "Verdict", "Side by side", "In use"]
+    badges = re.findall(r'<p class="badge (\w+)">', text)
+    assert badges == ["measured", "constrained", "estimated", "measured"]
+    captions = re.findall(r"<caption><span>(\w+): the graph that is used", text)
+    assert captions == ["Measured", "Constrained", "Estimated"]
+    assert text.count('<p class="sentence">') == 4
+    assert "4 layers, width 312 on raspberry-pi-5 (estimated)" in page.text
+    assert "raspberry-pi-5, cores: https://example.org/a76" in page.text
+    assert len(text.encode()) < 1_000_000
+    assert not re.search(r"""(?:src|href)=["']?(?!["']?(?:#|data:))|@import|url\((?!#)""", text)
+
+
+def test_budget_lines_and_regressions_are_on_the_page(every) -> None:
+    page = page_of(every)
+    limits = [row[:2] for row in page.rows if row and row[0] in ("p95 latency", "model size", "score kept")]
+    assert len(limits) == 4 * 3
+    assert ["model size", "missed"] in limits
+    assert ["model size", "kept"] in limits
+    assert "Worse than the baseline of 2026-03-04 in 4 numbers." in page.text
+    assert {"kept", "missed"} <= {value.get("class") for value in page.all("tr")}
+    summary = every.with_name("report.md").read_text(encoding="utf-8")
+    assert "| p95 latency | " in summary
+    assert "Regressions against the baseline" in summary
+    said = r"6 layers, width 768 on AMD EPYC .* \(measured\): model size, 60 MB, allowed 20 MB\."
+    with pytest.raises(BudgetError, match=said):
+        enforce(every.parent)
+
+
+def test_a_page_that_keeps_to_everything_is_let_through(full) -> None:
+    enforce(full.parent)
+
+
+def test_a_page_that_grows_too_large_leaves_out_what_is_least_asked_for(record, save, tmp_path, monkeypatch) -> None:
+    path, out = save(record), tmp_path / "out"
+    left = []
+    most = 1_000_000
+    for _ in range(4):
+        monkeypatch.setattr(html, "MOST_BYTES", most)
+        text = report([path], out=out).read_text(encoding="utf-8")
+        assert len(text.encode()) < most or len(left) == 3
+        left += re.findall(r"Left out to keep the page small: ([^<]*)\.<", text) or [""]
+        most = len(text.encode())
+    assert left == [
+        "",
+        "the examples decided otherwise",
+        "the examples decided otherwise and every measured cell",
+        "the examples decided otherwise, every measured cell and the figures of each device",
+    ]
+
+
+def test_records_from_before_devices_are_still_read(tmp_path) -> None:
+    stored = Path(__file__).parents[2] / "benchmarks" / "results" / "quickstart.json"
+    page = page_of(report([stored], out=tmp_path / "out"))
+    assert "keeps 98.6% of the teacher's accuracy" in page.text
+    assert "In use" not in re.findall(r"<h2[^>]*>([^<]*)</h2>", (tmp_path / "out" / "index.html").read_text("utf-8"))
+
+
+def test_the_model_card_keeps_kinds_apart(record) -> None:
+    card = model_card_table([record, estimated(record)])
+    measured, guessed = card.split("**raspberry-pi-5 (estimated)**")
+    assert measured.startswith("**AMD EPYC (2 cores, Linux x86\\_64) (measured)**\n\n| Model | accuracy |")
+    assert "estimate" not in measured
+    assert "| estimate " in guessed
+    assert "| Student int8, fused |" in guessed
+    assert model_card_table([record | {"models": [], "measurements": []}]) == ""
+
+
+def test_a_baseline_of_no_device_is_refused(record, save, tmp_path) -> None:
+    other = save(estimated(record), "other.json")
+    with pytest.raises(
+        ArtifactError, match=r"other\.json: is of the device raspberry-pi-5 \(estimated\), the records are of"
+    ):
+        report([save(record)], out=tmp_path / "out", baseline=other)
     assert not (tmp_path / "out").exists()

@@ -59,3 +59,27 @@ def test_dig_stops_at_the_first_absent_level() -> None:
     assert text.dig({"a": {"b": 1}}, "a", "b") == 1
     assert text.dig({"a": [1]}, "a", "b") is None
     assert text.dig(None, "a") is None
+
+
+def test_an_interval_names_its_unit_once_where_it_can() -> None:
+    assert text.between(1.5, 31, write=text.milliseconds) == "1.50–31.0 ms"
+    assert text.between(50_000, 2e6, write=text.megabytes) == "50.0 kB to 2.00 MB"
+    assert text.between(0.9, 0.95, write=text.score) == "0.900 to 0.950"
+
+
+def test_energy_has_the_unit_that_reads_best() -> None:
+    assert [text.joules(value) for value in (2.5, 0.0123, 0.00042, None)] == [
+        "2.50 J",
+        "12.3 mJ",
+        "420 µJ",
+        "not measured",
+    ]
+
+
+def test_lists_are_joined_as_one_says_them() -> None:
+    assert [text.joined(items) for items in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
+        "",
+        "a",
+        "a and b",
+        "a, b and c",
+    ]

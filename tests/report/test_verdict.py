@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_record import estimated, held
 
 from bertemd_deploy.bench.statistics import summarize
 from bertemd_deploy.report.records import Record
 from bertemd_deploy.report.summary import Comparison, compare
-from bertemd_deploy.report.verdict import excess_drop, quantization_verdict, runtime_verdict, verdict
+from bertemd_deploy.report.verdict import excess_drop, quantization_verdict, remarks, runtime_verdict, verdict
 
 FASTEST = "fused-int8"
 
@@ -113,13 +114,70 @@ def test_no_teacher(bare) -> None:
 @pytest.mark.parametrize(
     ("kind", "start"),
     [
-        ("constrained", "On this 2-core AMD EPYC (constrained), "),
-        ("estimated", "Estimated, not measured, for 2-core AMD EPYC, "),
+        ("measured", "On this 2-core AMD EPYC, "),
+        ("constrained", "On this AMD EPYC, held to the limits of pi (constrained), "),
+        ("remote", "On the 2-core AMD EPYC of pi (remote), "),
+        ("estimated", "Estimated, not measured, for the 2-core AMD EPYC of pi, "),
     ],
 )
 def test_kind_of_device_is_said(exact, kind, start) -> None:
-    exact["device"]["kind"] = kind
+    exact["device"] |= {"kind": kind, "name": "pi"}
     assert verdict(comparison_of(exact)).startswith(start)
+
+
+def test_an_estimate_is_never_said_without_its_interval(exact) -> None:
+    comparison = comparison_of(estimated(exact, factor=10.0))
+    said = verdict(comparison)
+    assert (
+        "is estimated to answer in 31.0 ms (21.7–46.5 ms) (p50 and its interval, batch 1, replay of real lengths, "
+        "2 threads), an estimate of 14.2× (8.5× to 22.7×) the teacher's speed in PyTorch, in 15 MB instead of 438 MB."
+        in said
+    )
+    assert "faster" not in said
+    assert not comparison.disturbed
+    int8 = quantization_verdict(comparison)
+    assert int8 is not None
+    assert (
+        "whether int8 is faster than fp32 there is open, for the intervals of the two overlap (estimates 31.0 ms"
+        in int8
+    )
+    assert runtime_verdict(comparison) is None
+
+
+def test_estimates_far_apart_are_called_faster_or_slower(exact) -> None:
+    guessed = estimated(exact, factor=10.0)
+    entry = compared_cell(guessed, "student", "onnxruntime", FASTEST)
+    entry["estimate_ms"] |= {"low": 10.0, "high": 40.0}
+    said = quantization_verdict(comparison_of(guessed))
+    assert said is not None
+    assert "int8 is estimated to be faster than fp32 there" in said
+    entry["estimate_ms"] |= {"low": 100.0, "high": 400.0}
+    said = quantization_verdict(comparison_of(guessed))
+    assert said is not None
+    assert "int8 is estimated to be slower than fp32 there" in said
+
+
+def test_an_estimate_without_an_interval_is_not_stated(exact) -> None:
+    guessed = estimated(exact)
+    for entry in guessed["measurements"]:
+        del entry["estimate_ms"]
+    assert " ms" not in verdict(comparison_of(guessed))
+    assert quantization_verdict(comparison_of(guessed)) is None
+
+
+def test_a_student_that_does_not_fit_is_said_so(exact) -> None:
+    exact["measurements"] = []
+    for entry in exact["models"]:
+        entry["failed"] = {"reason": "out of memory"}
+    said = verdict(comparison_of(exact))
+    assert said == "On this 2-core AMD EPYC, no student was measured (out of memory)."
+
+
+def test_remarks_tell_of_failures_and_noise(exact) -> None:
+    exact["noise"] = {"noisy": True, "reasons": ["throttled", "drift of 8 %"]}
+    found = remarks(comparison_of(held(exact)))
+    assert "Teacher, PyTorch: not measured, out of memory; it does not fit in 512 MB (it had reached 511 MB)." in found
+    assert found[-1] == "Noisy measurement: throttled; drift of 8 %. Measure again on an idle machine."
 
 
 def test_nothing_measured(exact) -> None:
