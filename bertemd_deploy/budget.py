@@ -152,7 +152,10 @@ def _amount(key: str, value: Any) -> float:
             raise ValueError(f"found {value!r} with {said}, allowed units: {', '.join(units)}")
         number *= units[unit]
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number that no float holds, and that may be too long to print
+            raise ValueError(f"found a number too large to be a limit, {allowed}") from None
     else:
         raise ValueError(f"found {type(value).__name__} {value!r}, {allowed}")
     if not 0 < number < math.inf:

@@ -74,7 +74,9 @@ def run(
 ) -> None:
     """Fine-tune (if asked), distil, export, quantize, bench and report; continues a killed run."""
     from bertemd_deploy import pipeline
+    from bertemd_deploy.budget import enforce_records
     from bertemd_deploy.config import load_recipe
+    from bertemd_deploy.files import read_json
 
     resolved = load_recipe(recipe, overrides=set_ or [])
     place = out or Path("runs") / recipe.stem
@@ -84,6 +86,8 @@ def run(
     paths = {"artifact": record.get("artifact"), "report": record.get("page")}
     lines += [f"{name:<16}{path}" for name, path in paths.items() if path] or [f"{'run':<16}{place}"]
     show(record, as_json=json_, summary=lines)
+    if measured := record.get("bench", {}).get("records"):
+        enforce_records([read_json(place / name, what="bench record") for name in measured])
 
 
 def _named_metrics(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bertemd_deploy.cli_options import Force, Json, Out, Set, options_to_recipe, show, stage
+from bertemd_deploy.errors import RecipeError
 
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact folder.")]
 Teacher = Annotated[str | None, typer.Option(help="Teacher to compare with: folder, hub id, or package:…")]
@@ -63,12 +64,14 @@ def bench(
     flags = {
         key: parse_yaml(text, where=f"--{key.replace('_', '-')}") for key, text in texts.items() if text is not None
     }
+    if empty := [key for key, value in flags.items() if value is None]:
+        raise RecipeError(f"--{empty[0].replace('_', '-')} is empty. Give a limit, or leave it out.")
     folder = None
     if teacher is not None:
         from bertemd_deploy.checkpoints import find_model
 
         folder = find_model(teacher)
-    paths = bench_places(
+    done = bench_places(
         artifact,
         teacher=folder,
         out=out,
@@ -78,10 +81,12 @@ def bench(
         baseline=baseline,
         force=force,
     )
-    records = [read_json(path, what="bench record") for path in paths]
+    records = [read_json(path, what="bench record") for path in done.paths]
     shown = records[0] if len(records) == 1 else {"records": records}
     lines = [line.get("words") for record in records for line in (record.get("budget") or {}).get("lines", [])]
-    show(shown, as_json=json_, summary=[*map(str, lines), *map(str, paths)])
+    if records:
+        show(shown, as_json=json_, summary=[*map(str, lines), *map(str, done.paths)])
+    done.check()
     enforce_records(records)
 
 
@@ -103,10 +108,12 @@ def report(
 ) -> None:
     """Merge bench records into one page: HTML, Markdown and JSON."""
     from bertemd_deploy.files import read_json
-    from bertemd_deploy.handout import add_measured
+    from bertemd_deploy.handout import add_measured, check_measured
     from bertemd_deploy.report import enforce, model_card_table
     from bertemd_deploy.report import report as write
 
+    if card is not None:
+        check_measured(card, [read_json(path, what="bench record") for path in records])
     page = write(records, out=out, force=force, baseline=baseline)
     if card is not None:
         add_measured(card, model_card_table([read_json(path, what="bench record") for path in records]))
@@ -134,8 +141,6 @@ def bundle(
     json_: Json = False,
 ) -> None:
     """Write a ready folder: to measure on another device by hand, or to serve the student with other software."""
-    from bertemd_deploy.errors import RecipeError
-
     if for_ == "device":
         from bertemd_deploy.devices import find_device, load_devices
         from bertemd_deploy.remote.folder import write_runner

@@ -269,10 +269,10 @@ def _type_name(hint: Any) -> str:
 
 def _device_faults(recipe: Recipe) -> list[str]:
     """Return what is wrong with the devices that a recipe names and with its budget."""
-    asked = (recipe.bench.devices, recipe.bench.device_file, recipe.budget)
-    if asked == (BenchSettings.devices, BenchSettings.device_file, {}):
+    given = (recipe.bench.devices, recipe.bench.device_file, recipe.budget)
+    if given == (BenchSettings.devices, BenchSettings.device_file, {}):
         return []
-    from bertemd_deploy.bench.places import SSH, plan_places  # both read recipes' values themselves
+    from bertemd_deploy.bench.places import budget_name, plan_places  # both read recipes' values themselves
     from bertemd_deploy.budget import collect_budget
     from bertemd_deploy.devices import load_devices
 
@@ -282,9 +282,9 @@ def _device_faults(recipe: Recipe) -> list[str]:
         devices = load_devices(None if file is None else Path(file))
         plan_places(recipe.bench.devices, devices)
     except RecipeError as error:
-        return [f"bench.devices: {error}"]
-    addresses = [name for name in recipe.bench.devices if name.startswith(SSH)]
-    collect_budget(recipe.budget, where="budget", devices=[*devices, *addresses], faults=faults)
+        faults.append(f"bench.devices: {error}")
+    asked = [budget_name(name) for name in recipe.bench.devices]
+    collect_budget(recipe.budget, where="budget", devices=asked, faults=faults)
     return faults
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,14 @@ def sha256_folder(folder: Path) -> str:
     return sha256_json([[name, sha256_file(folder / name)] for name in names])
 
 
-def move_into(source: Path, out: Path, *, last: str) -> None:
+def move_into(source: Path, out: Path, *, last: str, stale: Collection[str] = ()) -> None:
     """Move every file of a finished folder into one that holds other things, and remove `source`.
 
     Args:
         source: on the same file system as `out`.
         out: where its files go; a file of the same name is replaced.
         last: the file that is moved last, and tells a reader that all are there.
+        stale: files of `out` that an earlier run wrote there; those without a successor are removed.
 
     Raises:
         ArtifactError: a file cannot be placed, such as where a folder has its name; then none is moved.
@@ -59,6 +60,11 @@ def move_into(source: Path, out: Path, *, last: str) -> None:
         for name in files:
             if (out / name).is_dir() or any(place.is_file() for place in (out / name).parents):
                 raise ArtifactError(f"{out / name}: something of this name is in the way. Choose another --out.")
+        for name in map(Path, sorted(set(stale) - {path.as_posix() for path in files})):
+            (out / name).unlink()
+            with contextlib.suppress(OSError):  # a folder that still holds something stays
+                for place in name.parents:
+                    (out / place).rmdir()
         for name in sorted(files, key=lambda path: path == Path(last)):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).replace(out / name)
@@ -125,6 +131,53 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if previous.exists():
             _put_back(previous, folder)
+
+
+@contextlib.contextmanager
+def new_bundle(
+    out: Path, *, listing: str, listed: Callable[[Path], set[str]], sources: Mapping[str, Path], force: bool
+) -> Iterator[Path]:
+    """Yield an empty temporary folder; when the block ends without error, what it holds becomes the bundle in `out`.
+
+    Only files that an earlier bundle's list names are ever replaced or removed; other things in `out` stay beside the new.
+
+    Args:
+        out: a new or empty folder; with `force` any.
+        listing: the file of a bundle that lists its files, and says that a folder is one.
+        listed: reads the names out of such a file.
+        sources: what the bundle is made from, by what it is called; nothing is written there.
+        force: replace a bundle that is there; into a folder of other things the files are put beside them.
+
+    Raises:
+        ArtifactError: `out` is, holds or lies in one of `sources`, holds something and `force` is not set, or cannot be
+            written.
+    """
+    for what, source in sources.items():
+        if source.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source.resolve()):
+            raise ArtifactError(f"{out}: is, holds or lies in the {what} itself. Choose another --out.")
+    found = sorted(path.name for path in out.iterdir() if not _OURS.fullmatch(path.name)) if out.is_dir() else []
+    if found and not force:
+        raise ArtifactError(
+            f"{out}: is not empty ({', '.join(found[:4])}). Choose an empty or new folder, or add --force to write there all "
+            "the same."
+        )
+    existed = out.exists()
+    claim_folder(out, marker=listing, force=True)
+    names = {listing, *(listed(out / listing) if (out / listing).is_file() else ())}
+    folders = {place.as_posix() for name in names for place in Path(name).parents}
+    there = {path.relative_to(out).as_posix(): path.is_dir() for path in out.rglob("*")}
+    foreign = any(name not in (folders if is_folder else names) for name, is_folder in there.items())
+    fresh = out / ".bertemd-new" if foreign else out
+    try:
+        with new_folder(fresh) as folder:
+            yield folder
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):  # it is empty, or not ours
+                out.rmdir()
+        raise
+    if foreign:
+        move_into(fresh, out, last=listing, stale={name for name in names if there.get(name) is False})
 
 
 def check_replaceable(folder: Path) -> None:
@@ -205,13 +258,15 @@ def read_json(path: Path, *, what: str) -> dict[str, Any]:
         what: what the file is, for the message, such as "manifest".
 
     Raises:
-        ArtifactError: the file is missing, not UTF-8, not JSON, or not an object.
+        ArtifactError: the file is missing, not UTF-8, not JSON, nested too deeply, or not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: the {what} is missing.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise ArtifactError(f"{path}: the {what} cannot be read (it is nested too deeply).") from None
+    except (OSError, ValueError) as error:  # not UTF-8, not JSON, or an integer of more digits than Python takes
         raise ArtifactError(f"{path}: the {what} cannot be read ({error}).") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: the {what} should be a JSON object, found {type(value).__name__}.")

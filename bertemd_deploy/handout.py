@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,28 @@ bertemd predict . {example}
 {_SPLITTING if kind == "token-classification" else ""}"""
 
 
+def check_measured(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse records that are not of the artifact whose model card they are to be put into.
+
+    Args:
+        folder: the artifact.
+        records: bench records.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or a record is of another one.
+    """
+    manifest = Artifact.load(folder).manifest
+    for record in records:
+        theirs = record.get("artifact")
+        for key in ("task", "labels", "student", "created"):
+            found = theirs.get(key) if isinstance(theirs, dict) else None
+            if found != manifest.get(key):
+                raise ArtifactError(
+                    f"{folder}: its {key} is {str(manifest.get(key))[:120]}, a record's is {str(found)[:120]}. The table of a "
+                    "model card is of its own artifact; name that one."
+                )
+
+
 def add_measured(folder: Path, table: str) -> None:
     """Put what devices measured into an artifact's model card, in the place of what stood there before.
 
@@ -215,7 +237,8 @@ def add_measured(folder: Path, table: str) -> None:
     except (OSError, UnicodeDecodeError):
         raise ArtifactError(f"{path}: the model card is missing or cannot be read. Export again.") from None
     before, _, rest = card.partition(_MEASURED[0])
-    after = rest.partition(_MEASURED[1])[2] if rest else ""
+    _, end, after = rest.partition(_MEASURED[1])
+    after = after if end else rest  # a card that was edited: nothing of it is dropped
     card = f"{before.rstrip()}\n\n{_MEASURED[0]}\n## Measured\n\n{table}\n{_MEASURED[1]}\n{after.lstrip()}"
     write_text(path, card)
     entry = {"sha256": sha256_file(path), "bytes": path.stat().st_size}

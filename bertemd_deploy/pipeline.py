@@ -283,9 +283,9 @@ class _Run:
     def _after_training(self, teacher: Path, student: Path, *, stop_after: str | None) -> dict[str, Any]:
         from bertemd_deploy.artifact import MANIFEST, Artifact
         from bertemd_deploy.bench.places import bench_places, judge_again
-        from bertemd_deploy.budget import enforce_records, read_budget
+        from bertemd_deploy.budget import read_budget
         from bertemd_deploy.handout import CARD, add_measured
-        from bertemd_deploy.report import enforce, model_card_table, report
+        from bertemd_deploy.report import model_card_table, report
 
         recipe, out = self.recipe, self.out
         artifact = out / "artifact"
@@ -309,15 +309,21 @@ class _Run:
 
         def measure() -> dict[str, Any]:
             found = bench_places(artifact, teacher=teacher, out=out / "bench", settings=recipe.bench, force=True)
-            return {"record": "bench/record.json", "records": [path.relative_to(out).as_posix() for path in found]}
+            found.check()
+            return {
+                "record": "bench/record.json",
+                "records": [path.relative_to(out).as_posix() for path in found.paths],
+            }
 
-        records["bench"] = self._stage("bench", inputs, out / "bench" / "record.json", measure)
+        known = self.state["stages"].get("bench", {}).get("record", {}).get("records", ["bench/record.json"])
+        lost = [out / name for name in known if not (out / name).is_file()]
+        records["bench"] = self._stage("bench", inputs, [*lost, out / "bench" / "record.json"][0], measure)
         measured = [out / name for name in records["bench"].get("records", ["bench/record.json"])]
         judge_again(measured, budgets=read_budget(recipe.budget), settings=recipe.bench)
         if stop_after == "bench":
-            enforce_records([read_json(path, what="bench record") for path in measured])
             return records
-        inputs = {"records": [sha256_file(path) for path in measured], "version": __version__}
+        created = Artifact.load(artifact).manifest.get("created")
+        inputs = {"records": [sha256_file(path) for path in measured], "artifact": created, "version": __version__}
 
         def write_report() -> dict[str, Any]:
             page = report(measured, out=place, force=True)
@@ -325,5 +331,4 @@ class _Run:
             return {"page": str(page.relative_to(out))}
 
         records["report"] = self._stage("report", inputs, place / "index.html", write_report)
-        enforce(place)
         return records | {"page": str(place / "index.html")}

@@ -75,6 +75,14 @@ def test_what_is_no_amount_is_refused(value) -> None:
         read_budget({"max_p95_ms": value})
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000], ids=["large", "negative", "unprintable"])
+def test_a_number_that_no_float_holds_is_refused(value) -> None:
+    with pytest.raises(
+        RecipeError, match=r"budget\.max_p95_ms: found a number too large to be a limit, allowed: a number"
+    ):
+        read_budget({"max_p95_ms": value})
+
+
 def test_a_wrong_flag_names_the_command_line() -> None:
     with pytest.raises(RecipeError, match=r"command line\.max_rss_mb: found -5\.0, allowed: above 0"):
         budget_for("local", {}, flags={"max_rss_mb": -5.0})

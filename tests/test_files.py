@@ -343,6 +343,8 @@ def test_json_refuses_numbers_that_are_not_finite(tmp_path: Path, number):
         (b"{", r"a\.json: the manifest cannot be read \(Expecting"),
         (b'{"a": "\xff"}', r"a\.json: the manifest cannot be read \('utf-8' codec"),
         (b"[1]", r"a\.json: the manifest should be a JSON object, found list\."),
+        (b'{"a":' + b"[" * 200_000, r"a\.json: the manifest cannot be read \(it is nested too deeply\)\."),
+        (b'{"a":' + b"9" * 5_000 + b"}", r"a\.json: the manifest cannot be read \(Exceeds the limit \(4300 digits\)"),
     ],
 )
 def test_json_that_cannot_be_read(tmp_path: Path, content, message):

@@ -14,7 +14,7 @@ from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.encoding import TextEncoder
 from bertemd_deploy.errors import ArtifactError, ExportError
 from bertemd_deploy.families import FAMILIES
-from bertemd_deploy.handout import add_measured, model_card, write_tokenizer
+from bertemd_deploy.handout import add_measured, check_measured, model_card, write_tokenizer
 
 TEXTS = ["the film was Lovely today!", "we saw a sad song, very dull"]
 FILES = {
@@ -78,6 +78,17 @@ def test_measurements_take_the_place_of_earlier_ones_in_the_model_card(tiny_arti
     assert card.startswith("# A card\n\nOf its own.\n\n<!-- measured: start -->\n## Measured\n\n| second |\n")
     assert "first" not in card
     Artifact.load(folder).file("README.md")
+    (folder / "README.md").write_text(card.replace("<!-- measured: end -->", "") + "Mine.\n")
+    add_measured(folder, "| third |")
+    assert (folder / "README.md").read_text().endswith("Mine.\n")
+
+
+def test_a_table_is_of_its_own_artifact(tiny_artifact: Callable[..., Path]) -> None:
+    folder = tiny_artifact()
+    own = {key: Artifact.load(folder).manifest[key] for key in ("task", "labels", "student", "created")}
+    check_measured(folder, [{"artifact": own}])
+    with pytest.raises(ArtifactError, match=r"its labels is .*, a record's is .*other.*The table of a model card"):
+        check_measured(folder, [{"artifact": own | {"labels": ["other"]}}])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Is a student worse than it was: a record against an earlier one of the same task, device and way of measuring.
 
-Compared are the student's graphs, in the cells that the report compares models in: p50 and p95 of the latency, throughput's
-median at the larger batch, peak memory, size, and the first metric. Two runs on one machine never agree exactly, so a change
-is a regression only where its whole interval lies beyond what such runs differ by anyway:
+Compared are the student's graphs, each with itself and the one that is used by default with the one that was, in the
+cells that the report compares models in, of those that both records have: p50 and p95 of the latency, throughput's
+median at the larger batch, peak memory, size, and the first metric. A graph that is gone is worse than it was. Two runs
+on one machine never agree exactly, so a change is a regression only where its whole interval lies beyond what such runs
+differ by anyway:
 
     change of a latency   [new low / old high, new high / old low] of the two 95% intervals (or estimates' intervals)
     noise                 5 %, or what the teacher, which is the same in both, became slower by in that cell, if that is more
@@ -23,7 +25,7 @@ from typing import Any
 from bertemd_deploy.bench.statistics import summarize
 from bertemd_deploy.errors import ArtifactError
 from bertemd_deploy.report.reading import check_schema
-from bertemd_deploy.report.records import Cell, Record, Span, Variant
+from bertemd_deploy.report.records import REPLAY, Cell, Record, Span, Variant
 from bertemd_deploy.report.summary import Comparison, compare
 from bertemd_deploy.report.text import dig, megabytes, milliseconds, number, points, ratio, score
 
@@ -40,7 +42,7 @@ class Regression:
     Attributes:
         model: label of the graph.
         what: which number, in words.
-        before, after: in the unit that `words` states; None, with the next four, for a model that fails now.
+        before, after: in the unit that `words` states; None, with the next four, for a model that fails or is missing now.
         change: how many times as much (latency, memory, size), or the difference (a score).
         low, high: interval of the change.
         noise: what the change has to lie beyond.
@@ -69,7 +71,8 @@ def compare_baseline(
         where: what to call the baseline in messages.
 
     Raises:
-        ArtifactError: the baseline is of another schema version, task or device, or its numbers were got in another way.
+        ArtifactError: the baseline is of another schema version, task or device, or its numbers were got in another way, or no
+            latency of the one can be held against one of the other.
     """
     check_schema(baseline, where=where)
     check_schema(record, where="the record")
@@ -79,15 +82,76 @@ def compare_baseline(
                 f"{where}: its {what} is {theirs!r}, that of the record is {mine!r}. A baseline is an earlier record of the "
                 "same task on the same device, got in the same way; name that one."
             )
-    new, old = compare(Record(record, "new")), compare(Record(baseline, "old"))
-    shared = [row.variant for row in new.rows if not row.variant.is_teacher and old.row(row.variant) is not None]
-    found: list[Regression] = []
-    for variant in shared:
-        found += _fails(variant, new, old)
-        found += _slower(variant, new, old)
-        found += _larger(variant, new, old)
-        found += _less_exact(variant, new, old)
+    both = Record(record, "new"), Record(baseline, "old")
+    shared = _timed_cells(both[0]) & _timed_cells(both[1])
+    new, old = (compare(one, among=shared) for one in both)
+    pairs = _pairs(new, old)
+    found = _gone(new, old)
+    for pair in pairs:
+        found += _slower(pair, new, old)
+        found += _larger(pair, new, old)
+        found += _less_exact(pair, new, old)
+    nothing_runs = bool(found) and not _timed_cells(both[0])  # said already, and worse than any latency
+    if not nothing_runs and not any(_times(pair, *place, new, old) for pair in pairs for place in _statistics(new)):
+        why = (
+            "where both were measured a latency lacks its interval" if shared else "no graph was measured alike in both"
+        )
+        raise ArtifactError(
+            f"{where}: no latency can be compared, {why}. The record has {_settings(both[0])}; the baseline has "
+            f"{_settings(both[1])}. Measure with the settings of the baseline, or make a new baseline."
+        )
     return found
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A graph of the record, and the graph of the baseline that it is held against."""
+
+    now: Variant
+    was: Variant
+
+    @property
+    def label(self) -> str:
+        """What to call it: by its graph, or as what is used by default where that is another graph now."""
+        return self.now.label if self.now == self.was else f"the default graph ({self.now.label}, was {self.was.label})"
+
+    @property
+    def model(self) -> str:
+        """The label of a regression."""
+        return self.now.label if self.now == self.was else f"{self.now.label}, was {self.was.label}"
+
+
+def _pairs(new: Comparison, old: Comparison) -> list[_Pair]:
+    """Return what is held against what: each student graph of both, and the default where that is another one now."""
+    pairs = [
+        _Pair(row.variant, row.variant)
+        for row in new.rows
+        if not row.variant.is_teacher and old.row(row.variant) is not None
+    ]
+    now, was = new.record.default, old.record.default
+    return pairs + ([_Pair(now, was)] if now is not None and was is not None and now != was else [])
+
+
+def _timed_cells(record: Record) -> set[Cell]:
+    """Return the cells in which a student has a latency."""
+    return {
+        cell for variant, cell in record.cells if not variant.is_teacher and record.latency(variant, cell) is not None
+    }
+
+
+def _settings(record: Record) -> str:
+    """Return the cells of a record in words."""
+    cells = _timed_cells(record)
+    if not cells:
+        return "none"
+    lengths = {cell.sequence for cell in cells}
+    said: list[tuple[str, Sequence[int | str]]] = [
+        ("batch", sorted({cell.batch for cell in cells})),
+        ("length", [*sorted(length for length in lengths if isinstance(length, int)), *lengths & {REPLAY}]),
+        ("threads", sorted({cell.threads for cell in cells})),
+    ]
+    graphs = [variant.label for variant in record.variants if not variant.is_teacher]
+    return ", ".join(f"{name} {'/'.join(map(str, values))}" for name, values in said) + f" ({', '.join(graphs)})"
 
 
 def _must_agree(record: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -140,35 +204,56 @@ def _place(record: Mapping[str, Any]) -> tuple[Any, Any]:
     return dig(record, "device", "name"), dig(record, "device", "kind")
 
 
-def _fails(variant: Variant, new: Comparison, old: Comparison) -> list[Regression]:
-    """Return that one graph could be measured and now cannot."""
-    failure = new.record.failures.get(variant)
-    if failure is None or variant in old.record.failures:
-        return []
-    words = f"{variant.label} was measured in the baseline and now could not be: {failure.reason}."
-    return [Regression(variant.label, "whether it runs", None, None, None, None, None, None, words)]
-
-
-def _slower(variant: Variant, new: Comparison, old: Comparison) -> list[Regression]:
-    """Return what became slower of one graph, in the cells that both records compare models in."""
+def _gone(new: Comparison, old: Comparison) -> list[Regression]:
+    """Return the graphs that could be measured and now cannot, or are not in the record at all."""
     found = []
-    for cell, statistic in ((new.cell, "p50"), (new.cell, "p95"), (new.batch_cell, "p50")):
-        before, after = (_timed(side.record, variant, cell, statistic) for side in (old, new))
-        if cell is None or before is None or after is None:
+    for row in old.rows:
+        variant = row.variant
+        if variant.is_teacher or variant in old.record.failures:
             continue
-        (was, was_span), (now, now_span) = before, after
+        if (failure := new.record.failures.get(variant)) is not None:
+            what = "whether it runs"
+            words = f"{variant.label} was measured in the baseline and now could not be: {failure.reason}."
+        elif new.row(variant) is None:
+            what = "whether it is there"
+            words = f"{variant.label} is in the baseline and missing from the record: export and measure it as well."
+        else:
+            continue
+        found.append(Regression(variant.label, what, None, None, None, None, None, None, words))
+    return found
+
+
+def _statistics(new: Comparison) -> list[tuple[Cell | None, str]]:
+    """Return the cells and statistics of the latency that are compared."""
+    return [(new.cell, "p50"), (new.cell, "p95"), (new.batch_cell, "p50")]
+
+
+def _times(
+    pair: _Pair, cell: Cell | None, statistic: str, new: Comparison, old: Comparison
+) -> tuple[tuple[float, Span], tuple[float, Span]] | None:
+    """Return a statistic of the latency as it was and as it is, each with its interval; None where one is not known."""
+    was, now = _timed(old.record, pair.was, cell, statistic), _timed(new.record, pair.now, cell, statistic)
+    return None if was is None or now is None else (was, now)
+
+
+def _slower(pair: _Pair, new: Comparison, old: Comparison) -> list[Regression]:
+    """Return what became slower of one graph, in the cells that are compared."""
+    found = []
+    for cell, statistic in _statistics(new):
+        times = _times(pair, cell, statistic, new, old)
+        if cell is None or times is None:
+            continue
+        (was, was_span), (now, now_span) = times
         low, high = now_span.low / was_span.high, now_span.high / was_span.low
         noise = max(NOISE, _drift(new, old, cell))
         if low <= 1 + noise:
             continue
         how = "estimate " if new.record.estimated else ""
         words = (
-            f"{statistic} of {variant.label} ({cell.label}) is {how}{milliseconds(now)}, was {milliseconds(was)}: "
+            f"{statistic} of {pair.label} ({cell.label}) is {how}{milliseconds(now)}, was {milliseconds(was)}: "
             f"{ratio(now / was)} as long (interval {ratio(low)} to {ratio(high)}, noise up to {ratio(1 + noise)})."
         )
-        found.append(
-            Regression(variant.label, f"{statistic}, {cell.label}", was, now, now / was, low, high, noise, words)
-        )
+        found.append(Regression(pair.model, f"{statistic}, {cell.label}", was, now, now / was, low, high, noise, words))
     return found
 
 
@@ -205,9 +290,9 @@ def _drift(new: Comparison, old: Comparison, cell: Cell) -> float:
     return max(0.0, now / was - 1) if now and was else 0.0
 
 
-def _larger(variant: Variant, new: Comparison, old: Comparison) -> list[Regression]:
+def _larger(pair: _Pair, new: Comparison, old: Comparison) -> list[Regression]:
     """Return whether one graph's memory or file became larger."""
-    now, was = new.row(variant), old.row(variant)
+    now, was = new.row(pair.now), old.row(pair.was)
     if now is None or was is None:
         return []
     sizes = (
@@ -226,21 +311,23 @@ def _larger(variant: Variant, new: Comparison, old: Comparison) -> list[Regressi
             continue
         how = "estimate " if after_span else ""
         words = (
-            f"{what} of {variant.label} is {how}{megabytes(after)}, was {megabytes(before)}: {ratio(after / before)} as much "
+            f"{what} of {pair.label} is {how}{megabytes(after)}, was {megabytes(before)}: {ratio(after / before)} as much "
             f"(noise up to {ratio(1 + noise)})."
         )
-        found.append(Regression(variant.label, what, before, after, after / before, low, high, noise, words))
+        found.append(Regression(pair.model, what, before, after, after / before, low, high, noise, words))
     return found
 
 
-def _less_exact(variant: Variant, new: Comparison, old: Comparison) -> list[Regression]:
+def _less_exact(pair: _Pair, new: Comparison, old: Comparison) -> list[Regression]:
     """Return whether one graph's first metric fell by more than another choice of examples would make it fall."""
-    now, was = new.row(variant), old.row(variant)
+    now, was = new.row(pair.now), old.row(pair.was)
     metric = next(iter(new.record.metric_names), None)
     if now is None or was is None or metric is None:
         return []
     after, before = now.metrics.get(metric), was.metrics.get(metric)
-    counts = [number(side.record.fact(variant, "evaluated_examples")) for side in (new, old)]
+    counts = [
+        number(side.record.fact(variant, "evaluated_examples")) for side, variant in ((new, pair.now), (old, pair.was))
+    ]
     if after is None or before is None or not counts[0] or not counts[1]:
         return []
     difference = after - before
@@ -251,12 +338,10 @@ def _less_exact(variant: Variant, new: Comparison, old: Comparison) -> list[Regr
     if difference + half >= 0:
         return []
     words = (
-        f"{metric} of {variant.label} is {score(after)}, was {score(before)}: {points(difference)} points (95% interval "
+        f"{metric} of {pair.label} is {score(after)}, was {score(before)}: {points(difference)} points (95% interval "
         f"{points(difference - half)} to {points(difference + half)})."
     )
-    return [
-        Regression(variant.label, metric, before, after, difference, difference - half, difference + half, 0.0, words)
-    ]
+    return [Regression(pair.model, metric, before, after, difference, difference - half, difference + half, 0.0, words)]
 
 
 def _variance(metric: str, value: float) -> float:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import platform
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.bench import environment
-from bertemd_deploy.bench.compare import RECORD, bench
+from bertemd_deploy.bench.compare import CHURN, RECORD, bench
 from bertemd_deploy.budget import Budget, budget_entry, budget_for
 from bertemd_deploy.console import note
 from bertemd_deploy.devices import LOCAL, Device, find_device, limits_of, load_devices, way_of
-from bertemd_deploy.errors import BertemdError, MeasurementError, RecipeError
+from bertemd_deploy.errors import ArtifactError, BertemdError, MeasurementError, RecipeError
 from bertemd_deploy.files import claim_folder, read_json, write_json
 from bertemd_deploy.runtime import cpu_limits
 from bertemd_deploy.settings import BenchSettings
@@ -47,6 +49,31 @@ class Place:
         return re.sub(r"[^A-Za-z0-9.]+", "-", self.name.removeprefix(SSH)).strip("-.")
 
 
+@dataclass(frozen=True)
+class Benched:
+    """What came of the places.
+
+    Attributes:
+        paths: of the records, in the order of the places; those that failed have none.
+        failures: by place, in the same order. A noisy measurement is a failure with a record.
+    """
+
+    paths: list[Path]
+    failures: dict[str, BertemdError]
+
+    def check(self) -> None:
+        """Raise what failed.
+
+        Raises:
+            BertemdError: the failure, or a `MeasurementError` that tells all of several.
+        """
+        if len(self.failures) == 1:
+            raise next(iter(self.failures.values()))
+        if self.failures:
+            told = "\n".join(f"  - {name}: {error}" for name, error in self.failures.items())
+            raise MeasurementError(f"{len(self.failures)} places failed; the others have their records:\n{told}")
+
+
 def plan_places(names: Sequence[str], devices: Mapping[str, Device]) -> list[Place]:
     """Return the places of `names`, before anything is measured.
 
@@ -55,12 +82,16 @@ def plan_places(names: Sequence[str], devices: Mapping[str, Device]) -> list[Pla
         devices: from `load_devices`.
 
     Raises:
-        RecipeError: an unknown device, an address or a way that cannot be, or two places of one folder.
+        RecipeError: an unknown device, an address or a way that cannot be, two places of one folder, or one place twice.
     """
     places = [_place(name, devices) for name in names]
     for at, place in enumerate(places):
-        if same := next((other for other in places[:at] if other.folder == place.folder), None):
-            raise RecipeError(f"{same.name} and {place.name} would share a folder. Name each device once.")
+        if place.folder in (RECORD, CHURN):
+            raise RecipeError(f"{place.name}: a file of the benchmark has this name. Give the device another one.")
+        for other in places[:at]:
+            same = place.device is not None and (place.device, place.way) == (other.device, other.way)
+            if same or other.folder == place.folder:
+                raise RecipeError(f"{other.name} and {place.name} would share a folder. Name each device once.")
     return places
 
 
@@ -70,11 +101,11 @@ def _place(name: str, devices: Mapping[str, Device]) -> Place:
 
         Address.parse(name)
         return Place(name, "remote", None)
-    plain, _, asked = name.partition(":")
+    plain, colon, asked = name.partition(":")
     device = find_device(plain, devices)
     way = way_of(
         device,
-        asked=asked or None,
+        asked=asked if colon else None,
         local_isa=environment.instruction_sets(),
         local_machine=platform.machine(),
         local_cores=cpu_limits().affinity,
@@ -82,7 +113,7 @@ def _place(name: str, devices: Mapping[str, Device]) -> Place:
     return Place(name, way, device)
 
 
-def _budget_name(name: str) -> str:
+def budget_name(name: str) -> str:
     """Return what a place is called in a budget: its device's name, or its address."""
     return name if name.startswith(SSH) else name.partition(":")[0]
 
@@ -97,8 +128,10 @@ def bench_places(
     flags: Mapping[str, Any] | None = None,
     baseline: Path | None = None,
     force: bool = False,
-) -> list[Path]:
-    """Get the numbers of every place in `settings.devices`, write a record for each, and return the records' paths.
+) -> Benched:
+    """Get the numbers of every place in `settings.devices`, and write a record for each.
+
+    A record that is there is replaced once its successor is complete.
 
     Args:
         artifact: an artifact folder.
@@ -108,47 +141,105 @@ def bench_places(
         budgets: from `budget.read_budget`, by device.
         flags: limits of the command line, by field of `Budget`.
         baseline: an earlier record, of one of the places.
-        force: write into `out` even if it holds something else.
+        force: write into `out` even if it holds something else, or records of another kind.
 
     Raises:
         RecipeError: a place or limit that cannot be, found before anything is measured.
         ArtifactError: the artifact or baseline is damaged, the baseline is of no place, or `out` is in the way.
-        ModelError: the teacher is incomplete or does not fit the artifact.
-        MeasurementError: some place could not be measured, or was noisy under `settings.strict`; the others have their
-            records.
     """
     from bertemd_deploy.bench.baseline import with_baseline
 
     devices = load_devices(None if settings.device_file is None else Path(settings.device_file))
     places = plan_places(settings.devices, devices)
-    limits = [budget_for(_budget_name(name), budgets or {}, flags=flags) for name in settings.devices]
-    earlier = None if baseline is None else read_json(baseline, what="baseline")
-    claim_folder(out, marker=RECORD, force=force)
+    limits = [budget_for(budget_name(name), budgets or {}, flags=flags) for name in settings.devices]
+    Artifact.load(artifact)
+    folders = [out / place.folder if at else out for at, place in enumerate(places)]
+    earlier = None if baseline is None else _read_baseline(baseline, places=places, folders=folders)
+    for place, folder in zip(places, folders, strict=True):
+        _check_place(place, folder, ours=any((one / RECORD).is_file() for one in folders), force=force)
     get = _Getter(artifact, teacher, settings, here=devices[LOCAL])
-    failures: list[BertemdError] = []
+    failures: dict[str, BertemdError] = {}
     found: list[tuple[Path, dict[str, Any]]] = []
-    for at, (place, limit) in enumerate(zip(places, limits, strict=True)):
-        folder = out / place.folder if at else out
+    for place, folder, limit in zip(places, folders, limits, strict=True):
         if len(places) > 1:
             note(f"bench: {place.name} ({place.way})")
-        (folder / RECORD).unlink(
-            missing_ok=True
-        )  # of an earlier run, which a failure would leave to be taken for this one's
-        try:
-            get.by_way[place.way](place, folder)
-        except MeasurementError as error:
-            failures.append(error)
-        if (folder / RECORD).is_file():  # of a noisy measurement, too
-            record = read_json(folder / RECORD, what="bench record")
-            found.append((folder / RECORD, record | ({"budget": budget_entry(record, limit)} if limit else {})))
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".bertemd-", dir=out) as scratch:
+            try:
+                get.by_way[place.way](place, Path(scratch) / "record")
+            except BertemdError as error:
+                failures[place.name] = error
+            made = Path(scratch) / "record"
+            if (made / RECORD).is_file():
+                record = read_json(made / RECORD, what="bench record")
+                record |= {"budget": budget_entry(record, limit)} if limit else {}
+                write_json(made / RECORD, record)
+                _place_files(made, folder)
+                found.append((folder / RECORD, record))
     records = [record for _, record in found]
     if earlier is not None and records:
-        records = with_baseline(records, earlier, where=str(baseline))
-    for (path, _), record in zip(found, records, strict=True):
-        write_json(path, record)
-    if failures:
-        raise failures[0]
-    return [path for path, _ in found]
+        for (path, _), record in zip(found, with_baseline(records, earlier, where=str(baseline)), strict=True):
+            write_json(path, record)
+    return Benched([path for path, _ in found], failures)
+
+
+def _read_baseline(path: Path, *, places: Sequence[Place], folders: Sequence[Path]) -> dict[str, Any]:
+    """Return a baseline's record.
+
+    Raises:
+        ArtifactError: it is no record, would be overwritten, or is of none of the places.
+    """
+    from bertemd_deploy.report.reading import read_record
+
+    record: dict[str, Any] = read_record(path)
+    if any(path.resolve() == (folder / RECORD).resolve() for folder in folders):
+        raise ArtifactError(f"{path}: the baseline would be overwritten. Choose another --out.")
+    theirs = (record["device"].get("name"), record["device"].get("kind"))
+    here = environment.device()["name"]
+    ours = [(place.device.name if place.way != "measured" else here, place.way) for place in places if place.device]
+    if theirs not in ours and all(place.device for place in places):
+        told = "; ".join(f"{name} ({way})" for name, way in ours)
+        raise ArtifactError(
+            f"{path}: is of the device {theirs[0]} ({theirs[1]}), asked for are {told}. Name a baseline of one of these."
+        )
+    return record
+
+
+def _check_place(place: Place, folder: Path, *, ours: bool, force: bool) -> None:
+    """Refuse a folder that holds something else, or a record that was got in another way.
+
+    Args:
+        place: what is to be written there.
+        folder: where.
+        ours: an earlier run's records are there, of this place or of another that is asked for.
+        force: refuse neither.
+
+    Raises:
+        ArtifactError: it does, and `force` is not set; or the record's name is taken by a folder.
+    """
+    if not (force or ours) and folder.exists():
+        claim_folder(folder, marker=RECORD, force=False)
+    if (folder / RECORD).is_dir():
+        raise ArtifactError(f"{folder / RECORD}: a folder has the record's name. Choose another --out.")
+    if force or not (folder / RECORD).exists():
+        return
+    device = read_json(folder / RECORD, what="bench record").get("device")
+    kind = device.get("kind") if isinstance(device, dict) else None
+    if kind != place.way:
+        raise ArtifactError(
+            f"{folder / RECORD}: a record that is {kind}, and {place.name} would be {place.way}. Choose another --out, or add "
+            "--force to replace it."
+        )
+
+
+def _place_files(made: Path, folder: Path) -> None:
+    """Move a record and its list of changes to where they belong; of an earlier list none is left beside another record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (made / CHURN).is_file():
+        (made / CHURN).replace(folder / CHURN)
+    else:
+        (folder / CHURN).unlink(missing_ok=True)
+    (made / RECORD).replace(folder / RECORD)
 
 
 class _Getter:
@@ -200,7 +291,7 @@ class _Getter:
             here=self._here,
             calibration=self._calibration,
         )
-        claim_folder(out, marker=RECORD, force=True)
+        out.mkdir(parents=True)
         write_json(out / RECORD, record)
         return record
 
@@ -215,7 +306,7 @@ def judge_again(paths: Sequence[Path], *, budgets: Mapping[str, Budget], setting
     """
     for path, name in zip(paths, settings.devices, strict=True):
         record = read_json(path, what="bench record")
-        limit = budget_for(_budget_name(name), budgets)
+        limit = budget_for(budget_name(name), budgets)
         entry = budget_entry(record, limit) if limit else None
         if record.get("budget") != entry:
             plain = {key: value for key, value in record.items() if key != "budget"}

@@ -8,14 +8,13 @@ artifact brings go into JSON files beside the code, never into code.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 from bertemd_deploy import __version__
 from bertemd_deploy.artifact import MANIFEST, Artifact
 from bertemd_deploy.errors import ArtifactError, RecipeError
-from bertemd_deploy.files import claim_folder, move_into, new_folder, read_json, sha256_file, write_json
+from bertemd_deploy.files import new_bundle, read_json, sha256_file, write_json
 from bertemd_deploy.handoff import fastapi, node, python, triton
 
 BUNDLE = "bundle.json"
@@ -46,44 +45,25 @@ def write_bundle(artifact: Path, *, kind: str, out: Path, force: bool = False) -
     if kind not in WRITERS:
         raise RecipeError(f"there is no bundle for {kind!r}; bundles are for {', '.join(WRITERS)}.")
     loaded = Artifact.load(artifact)
-    if artifact.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(artifact.resolve()):
-        raise ArtifactError(f"{out}: is, holds or lies in the artifact itself. Choose another --out.")
-    if not force and out.is_dir() and (found := sorted(path.name for path in out.iterdir())):
-        raise ArtifactError(
-            f"{out}: is not empty ({', '.join(found[:4])}). Choose an empty or new folder, or add --force to write there all "
-            "the same."
-        )
-    existed = out.exists()
-    claim_folder(out, marker=BUNDLE, force=True)
-    foreign = _holds_other_files(out)
-    try:
-        with new_folder(out / ".bertemd-new" if foreign else out) as folder:
-            graph = WRITERS[kind](loaded, folder)
-            names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            about = {
-                "schema_version": SCHEMA_VERSION,
-                "kind": kind,
-                "graph": graph,
-                "bertemd": __version__,
-                "artifact": {"manifest_sha256": sha256_file(artifact / MANIFEST)},
-                "files": {name: sha256_file(folder / name) for name in names},
-            }
-            write_json(folder / BUNDLE, about)
-    except BaseException:
-        if not existed:
-            with contextlib.suppress(OSError):  # it is empty, or not ours
-                out.rmdir()
-        raise
-    if foreign:
-        move_into(out / ".bertemd-new", out, last=BUNDLE)
+    with new_bundle(out, listing=BUNDLE, listed=_listed, sources={"artifact": artifact}, force=force) as folder:
+        graph = WRITERS[kind](loaded, folder)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": kind,
+            "graph": graph,
+            "bertemd": __version__,
+            "artifact": {"manifest_sha256": sha256_file(artifact / MANIFEST)},
+            "files": {name: sha256_file(folder / name) for name in names},
+        }
+        write_json(folder / BUNDLE, about)
     return out
 
 
-def _holds_other_files(out: Path) -> bool:
-    """Say whether a folder holds files that no bundle.json in it names."""
-    named: set[str] = {BUNDLE}
-    if (out / BUNDLE).is_file():
-        with contextlib.suppress(ArtifactError):  # of a damaged one every file is kept
-            files = read_json(out / BUNDLE, what="bundle's list of files").get("files")
-            named |= set(files) if isinstance(files, dict) else set()
-    return any(path.is_file() and path.relative_to(out).as_posix() not in named for path in out.rglob("*"))
+def _listed(path: Path) -> set[str]:
+    """Return the names of the files of an earlier bundle."""
+    try:
+        files = read_json(path, what="bundle's list of files").get("files")
+    except ArtifactError:  # of a damaged one every file is kept
+        return set()
+    return set(files) if isinstance(files, dict) else set()

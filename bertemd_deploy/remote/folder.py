@@ -8,7 +8,7 @@
     standins/           for packages that a device may lack
     artifact/           as exported, with the graphs that are measured
     teacher/            its fp32 graph, tokenizer and config, where there is a teacher to compare with
-    MANIFEST            SHA-256 of every file, as `sha256sum --check MANIFEST` reads it
+    bertemd-files.txt   SHA-256 of every file, as `sha256sum --check bertemd-files.txt` reads it
 
 The modules are found by following imports from `ROOTS`, so what is measured here and there is one code.
 """
@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bertemd_deploy
-from bertemd_deploy.artifact import GRAPHS, Artifact
-from bertemd_deploy.artifact import MANIFEST as ARTIFACT_MANIFEST
+from bertemd_deploy.artifact import GRAPHS, MANIFEST, Artifact
 from bertemd_deploy.bench.candidates import TEACHER_GRAPH, Candidate, teachers
 from bertemd_deploy.bench.record import artifact_excerpt
 from bertemd_deploy.compatibility import release
 from bertemd_deploy.errors import MeasurementError, RecipeError
-from bertemd_deploy.files import claim_folder, inside, new_folder, sha256_file, write_json
+from bertemd_deploy.files import inside, new_bundle, sha256_file, write_json
+from bertemd_deploy.handout import CARD
 from bertemd_deploy.remote.downlevel import FILLED, older_source
+from bertemd_deploy.remote.runner.prepare import LISTING
 from bertemd_deploy.settings import BenchSettings
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 PACKAGE = "bertemd_deploy"
 SOURCE = Path(bertemd_deploy.__file__).parent
 RUNNER = Path(__file__).parent / "runner"
-MANIFEST = "MANIFEST"
 ROOTS = ("bench.compare", "bench.worker", "devices")
 # Of the PyTorch teacher and of files of devices, which do not travel.
 AT_HOME = frozenset({"models", "export", "device_rows"})
@@ -68,6 +68,7 @@ Measures the student in this folder on this machine. Needs Python 3.9 or newer, 
     python3 run.py --out /tmp/r.json     writes it there
     python3 run.py --quick               seconds: does it run at all?
     python3 run.py --no-install          fetches nothing
+    python3 run.py --force               replaces an earlier record, which is kept otherwise
 
 Nothing is written outside of this folder but the record. Where numpy and onnxruntime are not installed, pip puts those of
 requirements.txt into site/ in this folder. A device without a network takes them from wheels/ in this folder. Fill it on
@@ -76,7 +77,7 @@ another machine, here for Python 3.11 on 64-bit Arm:
     pip download --no-deps --only-binary :all: --python-version 3.11 --platform manylinux2014_aarch64 \\
         --platform manylinux_2_27_aarch64 --platform manylinux_2_28_aarch64 --dest wheels -r requirements.txt
 
-`sha256sum --check MANIFEST` says whether the folder was copied whole; run.py checks it too.
+`sha256sum --check bertemd-files.txt` says whether the folder was copied whole; run.py checks it too.
 
 Carry record.json back, and put the records of all devices on one page:
 
@@ -97,31 +98,33 @@ def write_runner(
 
     Args:
         artifact: an artifact folder.
-        out: the folder to write.
+        out: a new or empty folder.
         settings: what to measure there.
         device: what it is meant for: its name and session options are used there, its bad releases of onnxruntime avoided.
         teacher: Hugging Face folder whose graph travels too.
-        force: replace `out` even if it holds something else.
+        force: replace a runner folder that is there; what else `out` holds stays beside it.
 
     Returns:
         `out`.
 
     Raises:
-        ArtifactError: the artifact is damaged, or `out` is in the way.
+        ArtifactError: the artifact is damaged, or `out` holds something, has to do with the artifact or the teacher, or
+            cannot be written.
         ModelError: the teacher is incomplete or does not fit the artifact.
         MeasurementError: the artifact has none of the graphs that `settings` asks for.
         RecipeError: every release of onnxruntime for the device is known to be bad.
     """
     pins = requirements(device)
     loaded = Artifact.load(artifact)
-    claim_folder(out, marker=MANIFEST, force=force)
-    with new_folder(out) as folder:
+    sources = {"artifact": artifact} | ({} if teacher is None else {"teacher": teacher})
+    with new_bundle(out, listing=LISTING, listed=_listed, sources=sources, force=force) as folder:
         _copy_artifact(loaded, folder / "artifact", graphs=settings.graphs)
         notes = [] if teacher is None else _copy_teacher(teacher, loaded, folder / "teacher")
         (folder / "requirements.txt").write_text(pins, encoding="utf-8")
         (folder / "README.txt").write_text(README, encoding="utf-8")
         given = {
-            "settings": dataclasses.asdict(settings),
+            # Where to measure is this machine's affair: its list of devices stays here.
+            "settings": dataclasses.asdict(dataclasses.replace(settings, devices=("local",), device_file=None)),
             "device": None if device is None else dataclasses.asdict(device),
             "notes": notes,
             "artifact": artifact_excerpt(loaded),
@@ -130,8 +133,17 @@ def write_runner(
         write_programs(folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         lines = [f"{sha256_file(folder / name)}  {name}\n" for name in names]
-        (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
+        (folder / LISTING).write_text("".join(lines), encoding="utf-8")
     return out
+
+
+def _listed(path: Path) -> set[str]:
+    """Return the names of the files of an earlier runner folder."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):  # of a damaged one every file is kept
+        return set()
+    return {name for _, _, name in (line.partition("  ") for line in lines) if name}
 
 
 def write_programs(folder: Path) -> None:
@@ -224,6 +236,8 @@ def _imports(module: str) -> Iterator[str]:
 def _copy_artifact(artifact: Artifact, folder: Path, *, graphs: tuple[str, ...] | None) -> None:
     """Copy what the manifest names, each file checked, but for graphs not asked for; the manifest names what is there.
 
+    The model card stays here: measuring does not read it, and people edit it.
+
     Raises:
         MeasurementError: none of `graphs` is there.
     """
@@ -232,7 +246,7 @@ def _copy_artifact(artifact: Artifact, folder: Path, *, graphs: tuple[str, ...] 
             f"{artifact.folder}: has none of the graphs asked for ({', '.join(graphs) or 'none'}); it has: "
             f"{', '.join(artifact.graphs())}. Choose among these with bench.graphs."
         )
-    left_out = tuple(path for name, path in GRAPHS.items() if graphs is not None and name not in graphs)
+    left_out = (CARD, *(path for name, path in GRAPHS.items() if graphs is not None and name not in graphs))
     files = {name: entry for name, entry in artifact.manifest["files"].items() if not name.startswith(left_out)}
     for name in files:
         target = inside(folder, name)
@@ -240,7 +254,7 @@ def _copy_artifact(artifact: Artifact, folder: Path, *, graphs: tuple[str, ...] 
         shutil.copyfile(artifact.file(name), target)
     if "config.json" not in files and (artifact.folder / "config.json").is_file():
         shutil.copyfile(artifact.folder / "config.json", folder / "config.json")
-    write_json(folder / ARTIFACT_MANIFEST, artifact.manifest | {"files": files})
+    write_json(folder / MANIFEST, artifact.manifest | {"files": files})
 
 
 def _copy_teacher(teacher: Path, artifact: Artifact, folder: Path) -> list[str]:

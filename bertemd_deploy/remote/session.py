@@ -116,7 +116,8 @@ class Visit:
         """Make the folder there.
 
         Raises:
-            MeasurementError: it cannot be reached, has no Python that is new enough, no space, or is measuring already.
+            MeasurementError: it cannot be reached, has no Python that is new enough, no space, is measuring already, or
+                answers with no folder.
         """
         needed = sum(self._sizes.values())
         note(f"{self.address}: connecting")
@@ -134,7 +135,13 @@ class Visit:
             )
         if fault == "space":
             raise self._no_space(found, needed=_number(found.get("needed")))
-        self._there = str(found.get("folder"))
+        folder = found.get("folder")
+        if not isinstance(folder, str) or not folder.startswith("/"):
+            raise MeasurementError(
+                f"{self.address}: its answer cannot be used: it should name the folder that it made, as a path from the "
+                f"root, found {plain(repr(folder))}. See by hand that python3 there is Python and measure again."
+            )
+        self._there = folder
         note(
             f"{self.address}: {plain(found.get('machine'))}, Python {plain(found.get('python'))}, "
             + ("with" if found.get("onnxruntime") else "without")

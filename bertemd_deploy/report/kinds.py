@@ -112,7 +112,8 @@ def failure_sentences(record: Record) -> list[str]:
         if failure.limit_bytes is not None:
             text += f"; it does not fit in {megabytes(failure.limit_bytes)}"
         if failure.peak_bytes is not None:
-            text += f" (it had reached {megabytes(failure.peak_bytes)})"
+            peak = megabytes(failure.peak_bytes)
+            text += f" (estimated to need {peak})" if record.estimated else f" (it had reached {peak})"
         said.append(f"{text}.")
     return said
 

@@ -17,6 +17,7 @@ from bertemd_deploy.report.records import KINDS, Cell, Record, Variant, cell_of,
 from bertemd_deploy.report.text import dig, number
 
 SCHEMA_VERSION = 1
+DEEPEST = 64  # levels of a record; those that `bertemd bench` writes have less than 10
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
@@ -38,9 +39,10 @@ def read_record(path: Path) -> dict[str, Any]:
     """Return the record in a file.
 
     Raises:
-        ArtifactError: it is unreadable, no bench record, or of another schema version.
+        ArtifactError: it is unreadable, no bench record, of another schema version, or holds a number that is none.
     """
     raw = read_json(path, what="bench record")
+    _check_values(raw, where=str(path))
     check_schema(raw, where=str(path))
     for key, kind in (("device", dict), ("artifact", dict), ("measurements", list)):
         if not isinstance(raw.get(key), kind):
@@ -70,6 +72,37 @@ def read_record(path: Path) -> dict[str, Any]:
             )
         seen.add(found_at)
     return raw
+
+
+def _check_values(raw: Mapping[str, Any], *, where: str) -> None:
+    """Refuse numbers that are not finite or that no float holds, and levels below the deepest.
+
+    Raises:
+        ArtifactError: there is one.
+    """
+    level: list[tuple[str, Any]] = [("", raw)]
+    for _ in range(DEEPEST):
+        for name, value in level:
+            if isinstance(value, int | float) and not isinstance(value, bool) and number(value) is None:
+                found = repr(value) if isinstance(value, float) else "a whole number too large for any measurement"
+                raise ArtifactError(
+                    f"{where}: {name[:160]} is {found}, allowed are finite numbers, and null for what was not measured. "
+                    "Run `bertemd bench` again."
+                )
+        level = [
+            (f"{name}.{key}" if name else str(key), item)
+            for name, value in level
+            if isinstance(value, Mapping)
+            for key, item in value.items()
+        ] + [
+            (f"{name}[{at}]", item) for name, value in level if isinstance(value, list) for at, item in enumerate(value)
+        ]
+        if not level:
+            return
+    raise ArtifactError(
+        f"{where}: is nested deeper than {DEEPEST} levels; this is no bench record. "
+        "Name the record.json that `bertemd bench` wrote."
+    )
 
 
 def check_schema(raw: Mapping[str, Any], *, where: str) -> None:

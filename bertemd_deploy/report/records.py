@@ -7,7 +7,7 @@ A record comes from another machine and is data from outside: every lookup here 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -233,17 +233,18 @@ class Record:
     def _entry(self, variant: Variant, cell: Cell | None) -> dict[str, Any] | None:
         return None if cell is None else self.cells.get((variant, cell))
 
-    def cell(self, *, batch: int) -> Cell | None:
+    def cell(self, *, batch: int, among: Collection[Cell] | None = None) -> Cell | None:
         """Return the cell to compare models in at one batch size, or None where the student was not measured there.
 
         The replay of real lengths comes first, else the length nearest to 32 tokens; then the most threads. Cells that
-        teacher and student share are preferred.
+        teacher and student share are preferred. `among` leaves out all others.
         """
         teacher, student = self.teacher, self.default
         shared = [
             cell
             for variant, cell in self.cells
             if variant == student and cell.batch == batch and self.latency(variant, cell) is not None
+            if among is None or cell in among
         ]
         if teacher is not None:
             shared = [cell for cell in shared if self.latency(teacher, cell) is not None] or shared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -133,11 +133,16 @@ class Comparison:
         return next((row for row in self.rows if not row.variant.is_teacher and row.variant.graph == name), None)
 
 
-def compare(record: Record) -> Comparison:
-    """Return every model of a record side by side, latency at the smallest batch and throughput at batch 8."""
-    sizes = record.batches
-    cell = record.cell(batch=sizes[0]) if sizes else None
-    batch_cell = record.cell(batch=8 if 8 in sizes else sizes[-1]) if len(sizes) > 1 else None
+def compare(record: Record, *, among: Collection[Cell] | None = None) -> Comparison:
+    """Return every model of a record side by side, latency at the smallest batch and throughput at batch 8.
+
+    Args:
+        record: the record.
+        among: the cells that may be compared in; None takes any.
+    """
+    sizes = [size for size in record.batches if among is None or size in {cell.batch for cell in among}]
+    cell = record.cell(batch=sizes[0], among=among) if sizes else None
+    batch_cell = record.cell(batch=8 if 8 in sizes else sizes[-1], among=among) if len(sizes) > 1 else None
     return Comparison(record, cell, batch_cell, [_row(record, item, cell, batch_cell) for item in record.variants])
 
 

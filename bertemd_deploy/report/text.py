@@ -26,10 +26,14 @@ _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
 
 
 def number(value: Any) -> float | None:
-    """Return `value` as a float when it is a finite JSON number, else None."""
+    """Return `value` as a float when it is a finite JSON number that a float can hold, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        amount = float(value)
+    except OverflowError:
+        return None
+    return amount if math.isfinite(amount) else None
 
 
 def dig(value: Any, *keys: str) -> Any:

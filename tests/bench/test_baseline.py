@@ -78,7 +78,74 @@ def test_records_without_intervals_are_resampled(record, stored) -> None:
     assert [one.words for one in compare_baseline(record, old)] == expected
     for entry in old["measurements"]:
         entry["latency_ms"]["samples"] = None
-    assert compare_baseline(record, old) == []
+    with pytest.raises(
+        ArtifactError, match=r"no latency can be compared, where both were measured a latency lacks its inte"
+    ):
+        compare_baseline(record, old)
+
+
+def only(record: dict[str, Any], *graphs: str) -> None:
+    """Leave out all student graphs but these."""
+    for key in ("models", "measurements"):
+        record[key] = [one for one in record[key] if one["model"] == "teacher" or one["graph"] in graphs]
+
+
+def test_a_graph_that_is_gone_is_a_regression_and_defaults_are_compared(record, stored) -> None:
+    only(record, "fp32", "fused")
+    found = compare_baseline(record, stored)
+    assert [one.words for one in found[:2]] == [
+        "Student int8 is in the baseline and missing from the record: export and measure it as well.",
+        "Student int8, fused is in the baseline and missing from the record: export and measure it as well.",
+    ]
+    assert {one.model for one in found[2:]} == {"Student fp32, fused, was Student int8, fused"}
+    assert {one.what.split(",")[0] for one in found[2:]} == {"p50", "peak memory", "size"}
+    assert found[2].words.startswith(
+        "p50 of the default graph (Student fp32, fused, was Student int8, fused) (batch 1, replay of real lengths, 2 threads)"
+    )
+    assert compare_baseline(stored, record) == []  # new graphs, and a faster default
+
+
+def test_no_graph_in_common_is_no_pass(record, stored) -> None:
+    old = copy.deepcopy(stored)
+    only(record, "fp32")
+    only(old, "int8", "fused", "fused-int8")
+    found = compare_baseline(record, old)
+    assert [one.what for one in found[:3]] == ["whether it is there"] * 3
+    assert "p50, batch 1, replay of real lengths, 2 threads" in {one.what for one in found}
+
+
+def test_no_cell_in_common_is_refused(record, stored) -> None:
+    slow_down(record, 10)
+    for entry in record["measurements"]:
+        entry["threads"] += 2
+    with pytest.raises(ArtifactError) as caught:
+        compare_baseline(record, stored, where="old.json")
+    graphs = "(Student fp32, Student int8, Student fp32, fused, Student int8, fused)"
+    assert str(caught.value) == (
+        "old.json: no latency can be compared, no graph was measured alike in both. The record has batch 1/8, length "
+        f"16/32/64/128/replay, threads 3/4 {graphs}; the baseline has batch 1/8, length 16/32/64/128/replay, threads 1/2 "
+        f"{graphs}. Measure with the settings of the baseline, or make a new baseline."
+    )
+
+
+def test_the_cells_that_both_have_are_compared(record, stored) -> None:
+    slow_down(record, 10)
+    for entry in record["measurements"]:
+        entry["threads"] *= 2  # 2 and 4, where the baseline has 1 and 2
+    found = compare_baseline(record, stored)
+    assert {one.what for one in found if one.what.startswith("p50, batch 1,")} == {
+        "p50, batch 1, replay of real lengths, 2 threads"
+    }
+
+
+def test_a_student_that_no_longer_runs_at_all_is_a_regression(record, stored) -> None:
+    for entry in record["models"]:
+        if entry["model"] == "student":
+            entry |= {"failed": {"reason": "out of memory"}, "peak_rss_bytes": None, "metrics": {}}
+    record["measurements"] = [entry for entry in record["measurements"] if entry["model"] == "teacher"]
+    assert [one.what for one in compare_baseline(record, stored)] == ["whether it runs"] * 4
+    with pytest.raises(ArtifactError, match=r"The record has none; the baseline has none\. Measure with"):
+        compare_baseline(record, record)
 
 
 def test_memory_and_size(record, stored) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from bertemd_deploy.bench import places as module
-from bertemd_deploy.bench.places import Place, bench_places, judge_again, plan_places
+from bertemd_deploy.bench.places import Place, judge_again, plan_places
 from bertemd_deploy.budget import Budget
 from bertemd_deploy.devices import load_devices
 from bertemd_deploy.errors import ArtifactError, MeasurementError, NoisyError, RecipeError
 from bertemd_deploy.settings import BenchSettings
 
 DEVICES = load_devices()
+EARLIER = '{"device": {"kind": "measured"}}'
 
 
 def record(name: str, kind: str) -> dict[str, Any]:
@@ -22,7 +23,10 @@ def record(name: str, kind: str) -> dict[str, Any]:
         "schema_version": 1,
         "device": {"name": name, "kind": kind, "cpu": "a CPU"},
         "artifact": artifact,
-        "measurements": [],
+        "measurements": [
+            {"model": "student", "backend": "onnxruntime", "graph": "fp32", "batch": 1, "sequence": 32, "threads": 1}
+            | {"latency_ms": {"p50": 2.0}, "estimate_ms": {"p50": 2.0, "low": 1.0, "high": 3.0}}
+        ],
         "started": "2026-01-01T00:00:00+00:00",
     }
 
@@ -66,6 +70,7 @@ class Stand:
 def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
     made = Stand()
     monkeypatch.setattr(module, "bench", made.bench)
+    monkeypatch.setattr(module.Artifact, "load", lambda folder: folder)
     monkeypatch.setattr("bertemd_deploy.remote.session.bench_remote", made.remote)
     monkeypatch.setattr("bertemd_deploy.estimate.record.estimate_record", made.estimate)
     monkeypatch.setattr("bertemd_deploy.estimate.record.calibrate_here", made.calibrate)
@@ -77,6 +82,12 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
         ),
     )
     return made
+
+
+def bench_places(artifact: Path, **given: Any) -> list[Path]:
+    done = module.bench_places(artifact, **given)
+    done.check()
+    return done.paths
 
 
 def kinds(paths: list[Path]) -> list[tuple[str, str]]:
@@ -116,6 +127,8 @@ def test_every_place_gets_a_record_of_its_own(stand: Stand, tmp_path: Path) -> N
         (("ssh://a@b:99999",), "is no address of a device"),
         (("browser-wasm:constrained",), "this machine cannot stand for it"),
         (("local:estimated",), "the machine at hand is measured as it is"),
+        (("raspberry-pi-5:",), "there is no such way"),
+        (("raspberry-pi-5", "raspberry-pi-5:estimated"), "^raspberry-pi-5 and raspberry-pi-5:estimated would share"),
     ],
 )
 def test_a_place_that_cannot_be_is_said_before_anything_is_measured(names: tuple[str, ...], message: str) -> None:
@@ -156,12 +169,18 @@ def test_a_place_that_fails_costs_no_other_its_record(stand: Stand, tmp_path: Pa
     stand.failing["local"] = MeasurementError("bench: the worker died.")
     out = tmp_path / "out"
     out.mkdir()
-    (out / "record.json").write_text("{}")  # of an earlier run
+    (out / "record.json").write_text(EARLIER)
     settings = BenchSettings(devices=("local", "raspberry-pi-5"))
     with pytest.raises(MeasurementError, match="the worker died"):
         bench_places(tmp_path, teacher=None, out=out, settings=settings)
-    assert not (out / "record.json").exists()
+    assert (out / "record.json").read_text() == EARLIER
+    assert not list(out.glob(".*"))
     assert kinds([out / "raspberry-pi-5/record.json"]) == [("raspberry-pi-5", "estimated")]
+    stand.failing["laptop-x86"] = ArtifactError("no record came back.")
+    several = BenchSettings(devices=("local", "laptop-x86", "raspberry-pi-5"))
+    told = r"2 places failed; the others have their records:\n  - local: bench: the worker died\.\n  - laptop-x86: no record"
+    with pytest.raises(MeasurementError, match=told):
+        bench_places(tmp_path, teacher=None, out=out, settings=several)
 
 
 def test_a_noisy_measurement_is_kept_and_judged(stand: Stand, tmp_path: Path) -> None:
@@ -180,8 +199,33 @@ def test_a_baseline_is_held_against_the_place_it_is_of(stand: Stand, tmp_path: P
     assert "against_baseline" not in read[0]
     assert read[1]["against_baseline"] == {"started": "2026-01-01T00:00:00+00:00", "regressions": []}
     earlier.write_text(json.dumps(record("elsewhere", "measured")))
-    with pytest.raises(ArtifactError, match=r"is of the device elsewhere \(measured\), the records are of local"):
+    asked = len(stand.asked)
+    with pytest.raises(
+        ArtifactError, match=r"is of the device elsewhere \(measured\), asked for are .* \(measured\); rasp"
+    ):
         bench_places(tmp_path, teacher=None, out=tmp_path / "again", settings=settings, baseline=earlier)
+    with pytest.raises(ArtifactError, match=r"record\.json: the baseline would be overwritten\. Choose another --out"):
+        bench_places(tmp_path, teacher=None, out=tmp_path / "out", settings=settings, baseline=found[1])
+    assert len(stand.asked) == asked
+
+
+def test_a_record_that_was_got_in_another_way_is_kept(stand: Stand, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = BenchSettings(devices=("local", "raspberry-pi-5"))
+    bench_places(tmp_path, teacher=None, out=out, settings=settings)
+    carried = json.dumps(record("a board", "remote"))
+    (out / "raspberry-pi-5/record.json").write_text(carried)
+    (out / "raspberry-pi-5/churn.jsonl").write_text("")
+    with pytest.raises(ArtifactError, match="a record that is remote, and raspberry-pi-5 would be estimated"):
+        bench_places(tmp_path, teacher=None, out=out, settings=settings)
+    assert (out / "raspberry-pi-5/record.json").read_text() == carried
+    bench_places(tmp_path, teacher=None, out=out, settings=settings, force=True)
+    assert kinds([out / "raspberry-pi-5/record.json"]) == [("raspberry-pi-5", "estimated")]
+    assert not (out / "raspberry-pi-5/churn.jsonl").exists()
+    (out / "record.json").unlink()
+    (out / "record.json").mkdir()
+    with pytest.raises(ArtifactError, match="a folder has the record's name"):
+        bench_places(tmp_path, teacher=None, out=out, settings=settings, force=True)
 
 
 def test_a_folder_of_other_things_is_left_alone(stand: Stand, tmp_path: Path) -> None:

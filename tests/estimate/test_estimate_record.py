@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from tiny_artifact import write_artifact, write_graph_teacher
@@ -9,6 +10,7 @@ from tiny_speeds import make_calibration, make_device
 from bertemd_deploy.artifact import Artifact
 from bertemd_deploy.bench import candidates
 from bertemd_deploy.bench.workload import Cell
+from bertemd_deploy.budget import Budget, check_budget
 from bertemd_deploy.errors import ArtifactError, MeasurementError, RecipeError
 from bertemd_deploy.estimate import record as module
 from bertemd_deploy.estimate.cells import Lengths, speedup
@@ -87,7 +89,8 @@ def test_nothing_in_it_looks_measured(artifact_folder, tmp_path):
             "agreement_with_teacher",
         ):
             assert entry[key] is None, key
-        assert entry["memory_estimate_bytes"]["value"] > 50_000_000
+        memory = entry["memory_estimate_bytes"]
+        assert 40_000_000 < memory["low"] < memory["value"] < memory["high"]
         assert "measured on another machine" in entry["memory_estimate_bytes"]["how"]
     for one in found["measurements"]:
         latency, times = one["latency_ms"], one["estimate_ms"]
@@ -193,10 +196,52 @@ def test_float16_is_not_estimated(tmp_path, artifact_folder):
     assert found["measurements"][0]["metric"] is None
 
 
-def test_a_model_too_large_for_the_device_is_said(artifact_folder):
-    found = make_record(artifact_folder, memory_limit_bytes=2**20)
-    assert any("MiB are needed, and board has 1 MiB" in line for line in found["notes"])
-    assert not any("are needed" in line for line in make_record(artifact_folder)["notes"])
+@pytest.mark.usefixtures("no_torch")
+def test_a_model_too_large_for_the_device_fails_as_a_measured_one(artifact_folder, tmp_path):
+    found = make_record(artifact_folder, teacher=write_graph_teacher(tmp_path / "teacher"), memory_limit_bytes=2**20)
+    assert any("MiB are needed, and board has 1 MiB; no times for it" in line for line in found["notes"])
+    assert (found["measurements"], found["baseline"]) == ([], None)
+    for entry in found["models"]:
+        assert entry["failed"] == {
+            "reason": "out of memory",
+            "limit_bytes": 2**20,
+            "peak_bytes": entry["memory_estimate_bytes"]["value"],
+        }
+        assert entry["metrics"] is None
+    lines = check_budget(found, Budget(max_p95_ms=1e6, max_rss_mb=1e6))
+    assert [line.passed for line in lines] == [None, None]
+    assert lines[0].words == "not measured, out of memory, allowed 1,000,000 ms."
+    (tmp_path / "record.json").write_text(json.dumps(found))
+    report([tmp_path / "record.json"], out=tmp_path / "page")
+    page = (tmp_path / "page" / "index.html").read_text("utf-8")
+    assert re.search(r"not measured, out of memory; it does not fit in 1.05\s?MB \(estimated to need 50\s?MB\)\.", page)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_what_fits_beside_what_does_not_is_estimated(artifact_folder, tmp_path, monkeypatch):
+    needed = {"teacher": 101 * 2**20, "student": 80 * 2**20}
+    monkeypatch.setattr(module, "_memory", lambda candidate, *_: needed[candidate.model])
+    teacher = write_graph_teacher(tmp_path / "teacher")
+    found = make_record(artifact_folder, teacher=teacher, memory_limit_bytes=100 * 2**20)
+    assert [entry["failed"] is None for entry in found["models"]] == [False, True, True]
+    assert found["baseline"] is None
+    assert {one["model"] for one in found["measurements"]} == {"student"}
+    assert [line for line in found["notes"] if "needed" in line] == [
+        "teacher onnxruntime fp32: about 101 MiB are needed, and board has 100 MiB; no times for it",
+        "student onnxruntime fp32: up to 108 MiB may be needed, and board has 100 MiB",
+        "student onnxruntime int8: up to 108 MiB may be needed, and board has 100 MiB",
+    ]
+
+
+def test_memory_is_held_to_its_upper_end(artifact_folder):
+    found = make_record(artifact_folder)
+    assert not any("needed" in line for line in found["notes"])
+    (entry,) = (entry for entry in found["models"] if entry["graph"] == "int8")
+    memory = entry["memory_estimate_bytes"]
+    middle = (memory["value"] + memory["high"]) / 2e6
+    (line,) = check_budget(found, Budget(max_rss_mb=middle))
+    assert (line.passed, line.found) == (False, memory["high"] / 1e6)
+    assert line.words.startswith("estimate ")
 
 
 def test_errors_before_anything_is_calibrated(artifact_folder, tmp_path, monkeypatch):

@@ -92,6 +92,15 @@ def test_force_replaces_an_earlier_bundle_whole(tmp_path: Path) -> None:
     assert contents(out) == contents(fresh)
 
 
+def test_of_an_earlier_bundle_nothing_is_left_between_other_files(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "artifact")
+    out = write_bundle(artifact, kind="triton", out=tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    write_bundle(artifact, kind="python", out=out, force=True)
+    fresh = write_bundle(artifact, kind="python", out=tmp_path / "fresh")
+    assert contents(out) == contents(fresh) | {"notes.txt": b"mine"}
+
+
 @pytest.mark.parametrize("listing", ["[]", "{", '{"files": 3}'])
 def test_a_damaged_list_of_files_loses_no_file(listing: str, tmp_path: Path) -> None:
     artifact, out = write_artifact(tmp_path / "artifact"), tmp_path / "out"

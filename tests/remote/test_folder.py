@@ -17,7 +17,8 @@ from bertemd_deploy.bench.candidates import Candidate
 from bertemd_deploy.devices import Runtimes, load_devices
 from bertemd_deploy.errors import ArtifactError, MeasurementError, ModelError, RecipeError
 from bertemd_deploy.remote import folder
-from bertemd_deploy.remote.folder import MANIFEST, PINS, needed_modules, requirements, write_programs, write_runner
+from bertemd_deploy.remote.folder import LISTING, PINS, needed_modules, requirements, write_programs, write_runner
+from bertemd_deploy.remote.runner import prepare
 
 PI = load_devices()["raspberry-pi-4"]
 
@@ -25,8 +26,8 @@ PI = load_devices()["raspberry-pi-4"]
 def test_the_folder_holds_all_it_needs(runner_folder, tmp_path):
     names = {path.name for path in runner_folder.iterdir()}
     assert names == {
-        "MANIFEST", "README.txt", "artifact", "keeper.py", "lib", "measure.py", "prepare.py", "requirements.txt", "run.py",
-        "settings.json", "standins",
+        "README.txt", "artifact", "bertemd-files.txt", "keeper.py", "lib", "measure.py", "prepare.py", "requirements.txt",
+        "run.py", "settings.json", "standins",
     }  # fmt: skip
     loaded = Artifact.load(runner_folder / "artifact")
     assert loaded.graphs() == ["fp32", "int8"]
@@ -36,13 +37,14 @@ def test_the_folder_holds_all_it_needs(runner_folder, tmp_path):
     assert given["settings"]["sequence_lengths"] == [4]
     assert (given["device"], given["notes"]) == (None, [])
     assert "python3 run.py --quick" in (runner_folder / "README.txt").read_text()
+    assert f"sha256sum --check {LISTING}`" in (runner_folder / "README.txt").read_text()
     assert not any(part in str(path) for path in runner_folder.rglob("*") for part in ("torch", "rich", "__pycache__"))
 
 
-def test_the_manifest_names_every_other_file(runner_folder):
-    lines = (runner_folder / MANIFEST).read_text().splitlines()
+def test_the_list_names_every_other_file(runner_folder):
+    lines = (runner_folder / LISTING).read_text().splitlines()
     listed = dict(reversed(line.split("  ", 1)) for line in lines)
-    there = [path for path in runner_folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    there = [path for path in runner_folder.rglob("*") if path.is_file() and path.name != LISTING]
     assert sorted(listed) == sorted(path.relative_to(runner_folder).as_posix() for path in there)
     for name, digest in listed.items():
         assert hashlib.sha256((runner_folder / name).read_bytes()).hexdigest() == digest
@@ -92,18 +94,107 @@ def test_measuring_needs_no_training_module():
     assert not found & {"console", "models", "export", "cli", "config", "device_rows", "emd", "report"}
 
 
-def test_a_finished_folder_is_replaced_and_nothing_else(artifact_folder, tmp_path):
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_folder_is_replaced_with_force(artifact_folder, tmp_path):
     out = tmp_path / "out"
     assert write_runner(artifact_folder, out, settings=SMALL) == out
-    write_runner(artifact_folder, out, settings=replace(SMALL, rounds=3))
+    before = contents(out)
+    with pytest.raises(ArtifactError, match=r"out: is not empty \(README\.txt, artifact, .* or add --force to write"):
+        write_runner(artifact_folder, out, settings=replace(SMALL, rounds=3))
+    assert contents(out) == before
+    write_runner(artifact_folder, out, settings=replace(SMALL, rounds=3), force=True)
     assert json.loads((out / "settings.json").read_text())["settings"]["rounds"] == 3
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "mine.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"other: holds something else \(mine\.txt\) and no MANIFEST"):
-        write_runner(artifact_folder, other, settings=SMALL)
-    write_runner(artifact_folder, other, settings=SMALL, force=True)
-    assert not (other / "mine.txt").exists()
+    assert set(contents(out)) == set(before)
+
+
+def test_what_the_bundle_did_not_write_stays(artifact_folder, tmp_path):
+    """A folder of sources with a MANIFEST of its own, as many have."""
+    out = tmp_path / "project"
+    mine = {"MANIFEST": "src/thesis.txt", "src/thesis.txt": "years of work", "lib/mine.py": "x = 1"}
+    for name, text in mine.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    with pytest.raises(ArtifactError, match=r"project: is not empty \(MANIFEST, lib, src\)\. Choose an empty"):
+        write_runner(artifact_folder, out, settings=SMALL)
+    assert contents(out) == {name: text.encode() for name, text in mine.items()}
+    write_runner(artifact_folder, out, settings=SMALL, force=True)
+    assert {name: (out / name).read_text() for name in mine} == mine
+    prepare.check_files(out)
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_records_and_wheels_outlive_another_bundle(artifact_folder, graph_teacher, tmp_path):
+    """What run.py and the user put there stays; what only the earlier bundle brought goes."""
+    out = write_runner(artifact_folder, tmp_path / "out", settings=SMALL, teacher=graph_teacher)
+    (out / "record.json").write_text("{}")
+    (out / "wheels").mkdir()
+    (out / "wheels" / "numpy.whl").write_bytes(b"wheel")
+    write_runner(artifact_folder, out, settings=replace(SMALL, graphs=("int8",)), force=True)
+    fresh = write_runner(artifact_folder, tmp_path / "fresh", settings=replace(SMALL, graphs=("int8",)))
+    assert contents(out) == contents(fresh) | {"record.json": b"{}", "wheels/numpy.whl": b"wheel"}
+    assert not (out / "teacher").exists()
+
+
+def test_an_empty_folder_of_the_users_is_not_removed(artifact_folder, tmp_path):
+    out = write_runner(artifact_folder, tmp_path / "out", settings=SMALL)
+    (out / "wheels").mkdir()
+    write_runner(artifact_folder, out, settings=SMALL, force=True)
+    assert (out / "wheels").is_dir()
+
+
+def test_of_a_list_that_cannot_be_read_no_file_is_lost(artifact_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / LISTING).write_bytes(b"\xff")
+    (out / "notes.txt").write_text("mine")
+    write_runner(artifact_folder, out, settings=SMALL, force=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    prepare.check_files(out)
+
+
+@pytest.mark.usefixtures("no_torch")
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("", "artifact"),
+        ("artifact", "artifact"),
+        ("artifact/bundle", "artifact"),
+        ("teacher", "teacher"),
+        ("teacher/onnx", "teacher"),
+    ],
+)
+def test_the_artifact_and_the_teacher_are_never_written_over(place, what, artifact_folder, graph_teacher, tmp_path):
+    before = contents(tmp_path)
+    with pytest.raises(ArtifactError, match=rf"is, holds or lies in the {what} itself\. Choose another --out"):
+        write_runner(artifact_folder, tmp_path / place, settings=SMALL, teacher=graph_teacher, force=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_model_card_edited_by_hand_is_no_damage(artifact_folder, tmp_path):
+    (artifact_folder / "README.md").write_text("as exported")
+    names = json.loads((artifact_folder / "bertemd.json").read_text())["files"]
+    digest = hashlib.sha256(b"as exported").hexdigest()
+    write_manifest(artifact_folder, files=names | {"README.md": {"sha256": digest}})
+    (artifact_folder / "README.md").write_text("as exported, and more")
+    out = write_runner(artifact_folder, tmp_path / "out", settings=SMALL)
+    loaded = Artifact.load(out / "artifact")
+    assert sorted(loaded.manifest["files"]) == sorted(names)
+    for name in loaded.manifest["files"]:
+        loaded.file(name)
+
+
+def test_no_path_of_this_machine_travels(artifact_folder, tmp_path):
+    asked = replace(SMALL, device_file=str(tmp_path / "boards.yaml"), devices=("local", "ssh://pi@board"))
+    out = write_runner(artifact_folder, tmp_path / "out", settings=asked)
+    text = (out / "settings.json").read_text()
+    assert str(tmp_path) not in text
+    assert "board" not in text
+    given = json.loads(text)["settings"]
+    assert (given["device_file"], given["devices"], given["rounds"]) == (None, ["local"], SMALL.rounds)
 
 
 def test_only_the_graphs_that_are_measured_travel(artifact_folder, artifact, tmp_path):
@@ -124,7 +215,7 @@ def test_a_damaged_artifact_writes_nothing(artifact_folder, tmp_path):
     (artifact_folder / "onnx" / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(ArtifactError, match=r"model\.onnx: its SHA-256 is"):
         write_runner(artifact_folder, tmp_path / "out", settings=SMALL)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_manifest_cannot_name_files_outside(artifact_folder, tmp_path):

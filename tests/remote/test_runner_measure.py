@@ -102,6 +102,17 @@ def test_the_folder_measures_by_hand(artifact_folder, artifact, tmp_path):
     assert all(entry["end_to_end_ms"]["p50"] > 0 for entry in replayed)
     assert record["runner"] == {"installed": [], "stand_ins": [], "quick": False}
     assert files(home) == sorted([*before, "here/r.json"])
+    again = run(out, "--out", "here/r.json", "--no-install")
+    assert again.returncode == 3
+    assert again.stderr == (
+        "error: here/r.json exists, such as of an earlier measurement. Add --force to replace it, or name another file in "
+        "another folder with --out.\n"
+    )
+    (home / "here" / "churn.jsonl").write_text("of the earlier record")
+    done = run(out, "--out", "here/r.json", "--no-install", "--quick", "--force")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((home / "here" / "r.json").read_text())["runner"]["quick"]
+    assert files(home) == sorted([*before, "here/r.json"])
 
 
 def test_the_folder_measures_with_the_stand_ins(artifact_folder, artifact, tmp_path):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from remote_parts import write_python
 
+from bertemd_deploy.bench.compare import CHURN
 from bertemd_deploy.remote.runner import prepare
 from bertemd_deploy.remote.runner.prepare import DeviceError, Software
 
@@ -244,7 +245,7 @@ def test_a_damaged_folder_is_refused(runner_folder, tmp_path, monkeypatch, capsy
     graph = copy / "artifact" / "onnx" / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:-1])
     with pytest.raises(
-        DeviceError, match=r"model\.onnx is damaged: its SHA-256 is not the one in MANIFEST\. Copy the whole"
+        DeviceError, match=r"model\.onnx is damaged: its SHA-256 is not the one in bertemd-files\.txt\. Copy"
     ):
         prepare.check_files(copy)
     graph.unlink()
@@ -256,11 +257,35 @@ def test_a_damaged_folder_is_refused(runner_folder, tmp_path, monkeypatch, capsy
 def test_measuring_is_started_with_what_was_found(runner_folder, tmp_path, monkeypatch):
     copy = shutil.copytree(runner_folder, tmp_path / "copy")
     (copy / "measure.py").write_text("import os, sys; print(sys.argv[1:], os.environ['TMPDIR']); sys.exit(7)")
-    (copy / "MANIFEST").write_text("")
+    (copy / prepare.LISTING).write_text("")
     monkeypatch.setattr(prepare, "FOLDER", copy)
     monkeypatch.setattr(prepare, "find_software", lambda *_, **__: Software({"numpy": "1", "onnxruntime": "1"}))
-    assert prepare.main(["--out", "r.json", "--quick"]) == 7
+    assert prepare.main(["--out", str(tmp_path / "r.json"), "--quick"]) == 7
     assert not (copy / "scratch").exists()
+
+
+@pytest.mark.parametrize("there", ["r.json", "churn.jsonl"])
+def test_an_earlier_record_is_replaced_only_with_force(there, runner_folder, tmp_path, monkeypatch, capsys):
+    """Refused at once: nothing is looked for, and nothing measured."""
+    (tmp_path / there).write_text("mine")
+    monkeypatch.setattr(prepare, "FOLDER", runner_folder)
+    monkeypatch.setattr(prepare, "find_software", lambda *_, **__: pytest.fail("looked for software"))
+    assert prepare.main(["--out", str(tmp_path / "r.json")]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {tmp_path / there} exists, such as of an earlier measurement. Add --force to replace"
+    )
+    assert len(said.splitlines()) == 1
+    assert (tmp_path / there).read_text() == "mine"
+    prepare.check_out(tmp_path / "r.json", force=True)
+
+
+def test_the_record_is_a_file_beside_the_list(tmp_path):
+    assert prepare.CHURN == CHURN
+    with pytest.raises(DeviceError, match=r"is a folder\. Name a file with --out, such as .*record\.json\.$"):
+        prepare.check_out(tmp_path, force=True)
+    with pytest.raises(DeviceError, match=r"churn\.jsonl: a list of this name is written beside the record\. Choose"):
+        prepare.check_out(tmp_path / "churn.jsonl", force=True)
 
 
 @pytest.mark.parametrize("version", [(3, 8, 1), (2, 7, 18)])

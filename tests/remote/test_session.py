@@ -15,6 +15,7 @@ from remote_parts import SMALL, URL, remote_record, write_stub
 from bertemd_deploy.devices import load_devices
 from bertemd_deploy.errors import ArtifactError, MeasurementError, RecipeError
 from bertemd_deploy.remote import session
+from bertemd_deploy.remote.runner.keeper import MARK
 from bertemd_deploy.remote.session import bench_remote
 from bertemd_deploy.report import report
 
@@ -87,6 +88,19 @@ def test_the_address_is_read_first(visit, tmp_path):
     with pytest.raises(RecipeError, match="is no address of a device"):
         visit(url="ssh://-oProxyCommand=x")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", [{}, {"folder": None}, {"folder": 3}, {"folder": "here"}], ids=str)
+def test_an_answer_without_a_folder_cannot_be_used(named, visit, stub, device, monkeypatch):
+    program = f"print({MARK!r} + {json.dumps(named)!r})"
+    monkeypatch.setattr(session, "opening", lambda needed: program.encode())
+    found = repr(named.get("folder"))
+    with pytest.raises(
+        MeasurementError,
+        match=rf"pi@board: its answer cannot be used: it should name the folder .* found {found}\. See",
+    ):
+        visit()
+    assert device.verbs == ["open"]
 
 
 def test_a_lost_upload_goes_on(visit, stub, device, said):

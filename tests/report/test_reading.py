@@ -31,6 +31,37 @@ def test_broken_json_is_refused(tmp_path) -> None:
         read_records([path])
 
 
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("NaN", "nan"),
+        ("-Infinity", "-inf"),
+        ("1e999", "inf"),
+        ("1" + "0" * 400, "a whole number too large for any measurement"),
+    ],
+)
+def test_a_number_that_is_none_is_refused(record, save, value, found) -> None:
+    record["measurements"][2]["latency_ms"]["samples"][1] = "HERE"
+    path = save(record)
+    path.write_text(path.read_text(encoding="utf-8").replace('"HERE"', value), encoding="utf-8")
+    with pytest.raises(ArtifactError) as caught:
+        read_records([path])
+    assert str(caught.value) == (
+        f"{path}: measurements[2].latency_ms.samples[1] is {found}, allowed are finite numbers, and null for what was not "
+        "measured. Run `bertemd bench` again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("depth", "said"), [(200, "is nested deeper than 64 levels; this is no bench"), (200_000, "too deeply")]
+)
+def test_deep_nesting_is_refused(tmp_path, depth, said) -> None:
+    path = tmp_path / "record.json"
+    path.write_text('{"schema_version": ' + "[" * depth + "]" * depth + "}", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=rf"record\.json: .*{said}"):
+        read_records([path])
+
+
 def test_merged_list_is_refused_as_input(record, save) -> None:
     with pytest.raises(ArtifactError, match="should be a JSON object, found list"):
         read_records([save([record])])

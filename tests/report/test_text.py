@@ -5,7 +5,7 @@ import pytest
 from bertemd_deploy.report import text
 
 
-@pytest.mark.parametrize("value", [None, "3", True, float("nan"), float("inf"), [1]])
+@pytest.mark.parametrize("value", [None, "3", True, float("nan"), float("inf"), 10**309, -(10**309), [1]])
 def test_number_takes_only_finite_json_numbers(value: object) -> None:
     assert text.number(value) is None
     assert text.number(3) == 3.0

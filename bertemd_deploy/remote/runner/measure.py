@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         try:
             bench(
                 FOLDER / "artifact",
-                teacher=teacher if teacher.is_dir() else None,
+                teacher=teacher if (teacher / "config.json").is_file() else None,
                 out=report,
                 settings=settings,
                 device=read_device(given["device"]),
@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> int:
         if (report / RECORD).is_file():  # also of a measurement that was too noisy for its settings
             record = json.loads((report / RECORD).read_text(encoding="utf-8"))
             write_json(out, remote_record(record, given=given, told=told))
+            out.with_name(CHURN).unlink(missing_ok=True)  # of the record that was replaced
             if (report / CHURN).is_file():
                 write_text(out.with_name(CHURN), (report / CHURN).read_text(encoding="utf-8"))
             print(f"record: {out}", file=sys.stderr)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+LISTING = "bertemd-files.txt"  # a name of our own: the files that it names are replaced with the folder
+CHURN = "churn.jsonl"  # the list that is written beside the record
 NEEDED = ("numpy", "onnxruntime")
 WANTED = ("tokenizers", "psutil")
 KNOWN_FAILURE = 3  # exit code
@@ -70,9 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=FOLDER / "record.json", help="where to write the record")
     parser.add_argument("--quick", action="store_true", help="a few seconds per model, to see that it works")
+    parser.add_argument("--force", action="store_true", help="replace an earlier record")
     parser.add_argument("--no-install", action="store_true", help="take what is installed; fetch nothing")
     options = parser.parse_args(arguments)
     try:
+        check_out(options.out, force=options.force)
         check_files(FOLDER)
         software = find_software(FOLDER, install=not options.no_install)
     except DeviceError as fault:
@@ -92,13 +96,31 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_out(out: Path, *, force: bool) -> None:
+    """Refuse to write over what is there, before the minutes that measuring takes.
+
+    Raises:
+        DeviceError: `out` is a folder or has the list's name, or it or the list exists and `force` is not set.
+    """
+    if out.name == CHURN:
+        raise DeviceError(f"{out}: a list of this name is written beside the record. Choose another name with --out.")
+    if out.is_dir():
+        raise DeviceError(f"{out} is a folder. Name a file with --out, such as {out / 'record.json'}.")
+    found = [path for path in (out, out.with_name(CHURN)) if path.exists()]
+    if found and not force:
+        raise DeviceError(
+            f"{found[0]} exists, such as of an earlier measurement. Add --force to replace it, or name another file "
+            "in another folder with --out."
+        )
+
+
 def check_files(folder: Path) -> None:
     """Refuse a folder that was not copied whole.
 
     Raises:
-        DeviceError: a file that MANIFEST names is missing or has other bytes.
+        DeviceError: a file that the list names is missing or has other bytes.
     """
-    for line in (folder / "MANIFEST").read_text(encoding="utf-8").splitlines():
+    for line in (folder / LISTING).read_text(encoding="utf-8").splitlines():
         expected, _, name = line.partition("  ")
         path = folder / name
         if not path.is_file():
@@ -109,7 +131,7 @@ def check_files(folder: Path) -> None:
                 digest.update(block)
         if digest.hexdigest() != expected:
             raise DeviceError(
-                f"{path} is damaged: its SHA-256 is not the one in MANIFEST. Copy the whole folder again."
+                f"{path} is damaged: its SHA-256 is not the one in {LISTING}. Copy the whole folder again."
             )
 
 

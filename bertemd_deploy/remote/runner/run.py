@@ -1,4 +1,4 @@
-"""Measure the student beside this file on this machine: python3 run.py [--out record.json] [--quick]."""
+"""Measure the student beside this file on this machine: python3 run.py [--out record.json] [--quick] [--force]."""
 
 import sys
 
