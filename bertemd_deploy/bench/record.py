@@ -107,6 +107,23 @@ def score(candidate: Candidate, measured: Profile, *, artifact: Artifact, part: 
         ) from error
 
 
+def unmeasured_entry(candidate: Candidate) -> dict[str, Any]:
+    """Return the `models` entry of a candidate of which nothing was measured: what it is, and None for the rest."""
+    return {
+        "name": candidate.name,
+        "model": candidate.model,
+        "backend": candidate.backend,
+        "graph": candidate.graph,
+        "precision": candidate.precision,
+        "model_bytes": candidate.model_bytes,
+        "layers": candidate.layers,
+        "hidden": candidate.hidden,
+        "parameters": candidate.parameters,
+        **dict.fromkeys(MEASURED),
+        "failed": None,
+    }
+
+
 def model_entries(candidates: Sequence[Candidate], found: Found, *, part: DataSlice) -> list[dict[str, Any]]:
     """Return one `models` entry per candidate: identity, size, metrics, memory, cold start, agreement, failure.
 
@@ -122,19 +139,10 @@ def model_entries(candidates: Sequence[Candidate], found: Found, *, part: DataSl
     examples = len(part) if part.gold is None else len(part.gold.contexts)
     entries = []
     for candidate in candidates:
-        entry: dict[str, Any] = {
-            "name": candidate.name,
-            "model": candidate.model,
-            "backend": candidate.backend,
-            "graph": candidate.graph,
-            "precision": candidate.precision,
-            "model_bytes": candidate.model_bytes,
-            "layers": candidate.layers,
-            "hidden": candidate.hidden,
-            "parameters": teacher_parameters if candidate.model == "teacher" else candidate.parameters,
-            **dict.fromkeys(MEASURED),
-            "failed": _failure(found.failures.get(candidate.name)),
-        }
+        entry = unmeasured_entry(candidate)
+        entry["failed"] = _failure(found.failures.get(candidate.name))
+        if candidate.model == "teacher":
+            entry["parameters"] = teacher_parameters
         measured = profiles.get(candidate.name)
         if measured is not None:
             agreement = None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bertemd_deploy.artifact import SCHEMA_VERSION, Artifact
 from bertemd_deploy.bench.candidates import Candidate, students, teachers
 from bertemd_deploy.bench.environment import versions
-from bertemd_deploy.bench.record import MEASURED, OUT_OF_MEMORY, artifact_excerpt
+from bertemd_deploy.bench.record import OUT_OF_MEMORY, artifact_excerpt, unmeasured_entry
 from bertemd_deploy.bench.workload import Cell, plan_cells
 from bertemd_deploy.console import note, progress
 from bertemd_deploy.errors import ArtifactError, MeasurementError
@@ -246,16 +246,7 @@ def _entry(model: Model, *, artifact: Artifact, device: Device) -> dict[str, Any
     metrics = artifact.manifest.get("metrics") or {}
     known = metrics.get("teacher" if candidate.model == "teacher" else candidate.graph)
     return {
-        "name": candidate.name,
-        "model": candidate.model,
-        "backend": candidate.backend,
-        "graph": candidate.graph,
-        "precision": candidate.precision,
-        "model_bytes": candidate.model_bytes,
-        "layers": candidate.layers,
-        "hidden": candidate.hidden,
-        "parameters": candidate.parameters,
-        **dict.fromkeys(MEASURED),
+        **unmeasured_entry(candidate),
         "metrics": known if fits and isinstance(known, dict) and known else None,
         "failed": None if fits else {"reason": OUT_OF_MEMORY, "limit_bytes": limit, "peak_bytes": model.memory_bytes},
         "memory_estimate_bytes": {

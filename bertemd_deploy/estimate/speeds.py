@@ -14,11 +14,10 @@ that were not measured, each time is split by Amdahl's law from those of 1 and o
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from bertemd_deploy.errors import ArtifactError, MeasurementError
 
@@ -90,9 +89,12 @@ class Surface:
 
 def _along(points: Sequence[tuple[float, float]], place: float, *, grows: bool) -> float:
     """Return the value at `place` on straight lines in logarithms through `points`."""
-    places = np.log([point[0] for point in points])
-    values = np.log([point[1] for point in points])
-    value = float(np.exp(np.interp(math.log(max(place, 1e-12)), places, values)))
+    after = bisect_left(points, place, key=lambda point: point[0])
+    if after in (0, len(points)):
+        value = points[min(after, len(points) - 1)][1]
+    else:
+        (left, low), (right, high) = points[after - 1], points[after]
+        value = low * (high / low) ** (math.log(place / left) / math.log(right / left))
     beyond = place / points[-1][0]
     return value * beyond if grows and beyond > 1 else value
 

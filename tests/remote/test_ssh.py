@@ -129,7 +129,7 @@ REASONS = [
     ("ssh: connect to host board port 22: No route to host", "no way leads there. Check that it is switched on"),
     ("connect to host board port 22: Network is unreachable", "no way leads there"),
     ("ssh: connect to host board port 22: Connection timed out", "it does not answer. Check that it is switched on"),
-    ("/root/.ssh/config: line 3: Bad configuration option: x", "ssh refuses its configuration"),
+    ("/home/me/.ssh/config: line 3: Bad configuration option: x", "ssh refuses its configuration"),
 ]  # fmt: skip
 
 
