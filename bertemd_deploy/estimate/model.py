@@ -38,7 +38,7 @@ class Accuracy:
 
 
 # benchmarks/results/estimate.json: graphs of 4L-312, 4L-384 and 6L-768, 16 to 512 tokens, batches of 1 and 8, 1 and 2 threads.
-ACCURACY = Accuracy(median=0.035, worst=0.348, most=1.19, n=240)
+ACCURACY = Accuracy(median=0.023, worst=0.336, most=1.16, n=240)
 
 
 @dataclass(frozen=True)
