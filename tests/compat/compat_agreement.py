@@ -62,13 +62,22 @@ def tolerance(case: Case, graph: str) -> float:
 
 
 def agreement(case: Case, graph: str, outputs: Any) -> float:
-    """Return the share of equal decisions; a regression decides nothing."""
+    """Return the share of equal decisions; a regression decides nothing.
+
+    Of an fp16 classifier, rows are left out whose best two logits are nearer to each other than the tolerance may move them.
+    """
     if case.kind == "regression":
         return 1.0
     lengths = np.concatenate([batch["attention_mask"].sum(axis=1) for batch in case.batches])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     expected, found = _real(case, case.outputs(graph)), _real(case, outputs)
-    return float(same_decisions(case.kind, expected=expected, found=found, offsets=offsets).mean())
+    same = same_decisions(case.kind, expected=expected, found=found, offsets=offsets)
+    if GRAPH_PRECISION[graph] == "fp16" and case.kind == "classification":
+        best = np.sort(expected, axis=-1)
+        sure = best[:, -1] - best[:, -2] > 2 * FP16_TOLERANCE
+        assert sure.mean() > 0.9
+        same = same[sure]
+    return float(same.mean())
 
 
 def assert_equal_outputs(case: Case, graph: str, found: dict[str, Any]) -> None:
