@@ -112,20 +112,24 @@ def attention_cost(
     return attention_sums(teacher, student, mask=_padded(mask), method=chosen) / (lengths.square().sum() * heads)
 
 
-def solve_flow(cost_matrix: Tensor, *, teacher_weights: Tensor, student_weights: Tensor) -> Tensor:
+def solve_flow(cost_matrix: Tensor, *, teacher_weights: Tensor, student_weights: Tensor, mass: float = 1.0) -> Tensor:
     """Return the cheapest flow from teacher layers to student layers (F above), solved exactly by POT and checked.
+
+    With `mass` m below 1 the flow is partial: only the cheapest share m of the mass is moved, F 1 <= a, F^T 1 <= b, and what
+    is returned is F / m, as in the Earth Mover's Distance of unequal masses (Rubner et al. 2000: work over total flow).
 
     Args:
         cost_matrix: (M, N) ground costs, finite, any float dtype and device.
         teacher_weights: (M,) marginal a.
         student_weights: (N,) marginal b.
+        mass: m, in (0, 1].
 
     Returns:
         (M, N) flow, float64, on the CPU, without gradient; its mass is 1.
 
     Raises:
-        EmdError: a cost is not finite, a marginal is negative, not finite or not of mass 1, or the solver stopped short
-            of the optimum.
+        EmdError: a cost is not finite, a marginal is negative, not finite or not of mass 1, the mass is out of bounds, or
+            the solver stopped short of the optimum.
     """
     cost = cost_matrix.detach().to("cpu", torch.float64).numpy()
     a = teacher_weights.detach().to("cpu", torch.float64).numpy()
@@ -144,7 +148,10 @@ def solve_flow(cost_matrix: Tensor, *, teacher_weights: Tensor, student_weights:
             raise EmdError(
                 f"{side} weights should be non-negative and sum to 1, found {np.round(weights, 6).tolist()}."
             )
-    return torch.from_numpy(_exact_flow(cost, a / a.sum(), b / b.sum()))
+    if not 0 < mass <= 1:
+        raise EmdError(f"the mass that is moved should be above 0 and at most 1, found {mass}.")
+    a, b = a / a.sum(), b / b.sum()
+    return torch.from_numpy(_exact_flow(cost, a, b) if mass == 1 else _partial_flow(cost, a, b, mass))
 
 
 def emd_loss(cost_matrix: Tensor, flow: Tensor) -> Tensor:
@@ -171,7 +178,8 @@ def cost_attention(
     Unit costs u_i = sum_j F[i,j] C[i,j] / a_i (teacher), u_j = sum_i F[i,j] C[i,j] / b_j (student); inverse-cost scores
     r_k = (sum_l u_l) / u_k on each side. "ratio" (released code since 2021) is w = r / sum(r); "softmax" (the paper) is
     w = softmax(r / temperature). A layer of zero weight moves nothing, has no unit cost and stays at zero; a layer moved
-    for nothing counts as one of nearly zero cost.
+    for nothing counts as one of nearly zero cost. In a partial flow, u_i is over the mass that layer i moved, and of a layer
+    that moved none it is the least of its costs.
 
     Args:
         cost_matrix: (M, N) costs of this step.
@@ -184,9 +192,11 @@ def cost_attention(
     Returns:
         (M,) teacher and (N,) student weights, float64 on the CPU, each summing to 1.
     """
-    moved = flow.detach().to("cpu", torch.float64) * cost_matrix.detach().to("cpu", torch.float64)
-    teacher = _new_weights(moved.sum(1), teacher_weights.to("cpu", torch.float64), mode=mode, temperature=temperature)
-    student = _new_weights(moved.sum(0), student_weights.to("cpu", torch.float64), mode=mode, temperature=temperature)
+    moved, costs = flow.detach().to("cpu", torch.float64), cost_matrix.detach().to("cpu", torch.float64)
+    teacher = _new_weights(moved, costs, teacher_weights.to("cpu", torch.float64), mode=mode, temperature=temperature)
+    student = _new_weights(
+        moved.T, costs.T, student_weights.to("cpu", torch.float64), mode=mode, temperature=temperature
+    )
     return teacher, student
 
 
@@ -195,9 +205,11 @@ def uniform_weights(layers: int) -> Tensor:
     return torch.full((layers,), 1.0 / layers, dtype=torch.float64)
 
 
-def _new_weights(moved: Tensor, weights: Tensor, *, mode: CostAttention, temperature: float) -> Tensor:
+def _new_weights(flow: Tensor, costs: Tensor, weights: Tensor, *, mode: CostAttention, temperature: float) -> Tensor:
+    """Return the new weights of the layers that are the rows of `flow` and `costs`."""
     active = weights > 0
-    unit = moved[active] / weights[active]
+    mass = flow.sum(1)
+    unit = torch.where(mass > 0, (flow * costs).sum(1) / mass, costs.amin(1))[active]
     highest = unit.max()
     if not highest > 0:
         ratio = torch.full_like(unit, float(len(unit)))
@@ -220,6 +232,21 @@ def _exact_flow(cost: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np
     if not gap <= _MASS_TOLERANCE or (flow < 0).any():
         raise EmdError(f"the flow misses its marginals by {gap:.1e} (allowed {_MASS_TOLERANCE:.0e}).")
     return np.asarray(flow, dtype=np.float64)
+
+
+def _partial_flow(
+    cost: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64], mass: float
+) -> NDArray[np.float64]:
+    """Solve with one more layer on either side that takes, for nothing, what is not moved, and nothing from the other."""
+    teachers, students = cost.shape
+    padded = np.zeros((teachers + 1, students + 1))
+    padded[:-1, :-1] = cost
+    padded[-1, -1] = 2.0 * cost.max() + 1.0
+    rest = 1.0 - mass
+    scale = 1.0 + rest  # of either side's mass
+    flow = _exact_flow(padded, np.append(a, rest) / scale, np.append(b, rest) / scale) * scale
+    moved = flow[:-1, :-1]
+    return np.asarray(moved / moved.sum(), dtype=np.float64)
 
 
 def _layers(layers: Layers) -> list[Tensor]:

@@ -81,6 +81,7 @@ def finetune(
             checkpoint_seconds=settings.checkpoint_seconds,
             micro_batch_size=settings.micro_batch_size,
             max_minutes=max_minutes,
+            best_from=settings.epochs if settings.keep_epoch == "last" else 1,
         ),
         data=train,
         pad_id=encoder.pad_id,

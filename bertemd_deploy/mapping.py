@@ -36,6 +36,8 @@ class LayerMapping:
         mode: form of cost attention (`emd` only).
         temperature: T_emd.
         separate: keep attention and hidden marginals apart.
+        momentum: share of the marginals that a step keeps, w' = momentum w + (1 - momentum) cost_attention(w).
+        mass: share of the mass that a flow moves, see `emd.solve_flow`.
         marginals: "attention" and "hidden" to (teacher (M,), student (N,)) weights of the next step, float64.
         flows: flows of the last step, (M, N) float64.
     """
@@ -46,6 +48,8 @@ class LayerMapping:
     mode: CostAttention = "ratio"
     temperature: float = 1.0
     separate: bool = False
+    momentum: float = 0.0
+    mass: float = 1.0
     marginals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     flows: dict[str, Tensor] = field(default_factory=dict)
 
@@ -90,7 +94,9 @@ class LayerMapping:
         on_host = dict(zip(SIDES, costs.detach().to("cpu", torch.float64), strict=True))  # one copy for both matrices
         used = self.marginals
         self.flows = {
-            side: solve_flow(on_host[side], teacher_weights=used[side][0], student_weights=used[side][1])
+            side: solve_flow(
+                on_host[side], teacher_weights=used[side][0], student_weights=used[side][1], mass=self.mass
+            )
             for side in SIDES
         }
         if self.kind == "emd":
@@ -109,10 +115,14 @@ class LayerMapping:
             )
             for side in SIDES
         }
-        if self.separate:
-            return fresh
-        shared = tuple((left + right) / 2 for left, right in zip(*fresh.values(), strict=True))
-        return dict.fromkeys(SIDES, (shared[0], shared[1]))
+        if not self.separate:
+            teacher, student = ((left + right) / 2 for left, right in zip(*fresh.values(), strict=True))
+            fresh = dict.fromkeys(SIDES, (teacher, student))
+        kept = self.momentum
+        return {
+            side: (kept * before[0] + (1 - kept) * fresh[side][0], kept * before[1] + (1 - kept) * fresh[side][1])
+            for side, before in self.marginals.items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Return the marginals as named tensors for a checkpoint."""

@@ -95,6 +95,8 @@ class Objective:
         self.layers = settings.mapping != "none"
         self.teacher = teacher
         self.rows = mapping.rows if self.layers else []
+        self.relative = settings.cost_scale == "relative"
+        self.weighs = mapping.solves or self.relative  # whether a step's weights depend on the costs of the whole batch
         self.read_teacher = LayerReader(teacher) if self.layers else None
         self.read_student = LayerReader(trained.student) if self.layers else None
         self.device = next(trained.parameters()).device
@@ -108,7 +110,7 @@ class Objective:
         if self.aware is not None:
             self.aware.begin(batch.number)
         flows = None
-        if self.layers and self.mapping.solves and batch.split:
+        if self.layers and self.weighs and batch.split:
             flows = self._flows(
                 sum((self._costs_only(part, seed, batch) for part, seed in _seeded(batch)), self._zero())
             )
@@ -169,23 +171,46 @@ class Objective:
             return self._costs(self._teacher(part), self._student(part), part, batch)
 
     def _costs(self, teacher: LayerOutputs, student: LayerOutputs, part: Part, batch: Batch) -> Tensor:
-        """Return the part's (2, rows, N) share of the attention and hidden costs."""
+        """Return the part's (2, rows, N) share of the attention and hidden costs.
+
+        With relative costs a further column holds the teacher layers' mean squares: their cost against a layer of zeros.
+        """
         mask = part.inputs["attention_mask"].bool()
         chosen = [
             [layers[row] for row in self.rows] for layers in (teacher.queries, teacher.keys, teacher.hidden_states)
         ]
-        attention = attention_cost(chosen[0], chosen[1], student.queries, student.keys, mask=mask)
+        queries, keys = list(student.queries), list(student.keys)
         projected = [self.trained.project(hidden) for hidden in student.hidden_states]
+        if self.relative:
+            for layers in (queries, keys, projected):
+                layers.append(torch.zeros_like(layers[0]))
+        attention = attention_cost(chosen[0], chosen[1], queries, keys, mask=mask)
         hidden = hidden_cost(chosen[2], projected, mask=mask)
         return torch.stack([attention * (part.squares / batch.squares), hidden * (part.tokens / batch.tokens)])
 
     def _flows(self, costs: Tensor) -> dict[str, Tensor]:
-        """Return the step's flows, by side, from this process's share of the costs."""
-        # A copy is summed: the part's own costs are still to be weighed with the flows.
-        return self.mapping.step(self.processes.sum(costs.detach().clone()) if self.mapping.solves else None)
+        """Return the weights (rows, N) of the step's costs, by side, from this process's share of the costs.
+
+        They are the flows; where costs are relative, sum_ij F_ij C_ij / S_i, the flows over the teacher layers' mean squares.
+        """
+        if not self.weighs:
+            return self._chosen(self.mapping.step())
+        # A copy is summed: the part's own costs are still to be weighed.
+        costs = self.processes.sum(costs.detach().clone())
+        if not self.relative:
+            return self._chosen(self.mapping.step(costs))
+        squares = costs[..., -1:]
+        flows = self._chosen(self.mapping.step(costs[..., :-1] / squares if self.mapping.solves else None))
+        return {
+            side: flows[side] / square.to("cpu", torch.float64) for side, square in zip(SIDES, squares, strict=True)
+        }
+
+    def _chosen(self, flows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {side: flow[self.rows] for side, flow in flows.items()}
 
     def _zero(self) -> Tensor:
-        return torch.zeros(2, len(self.rows), self.mapping.student_layers, device=self.device)
+        columns = self.mapping.student_layers + (1 if self.relative else 0)
+        return torch.zeros(2, len(self.rows), columns, device=self.device)
 
     def _layer_losses(
         self,
@@ -196,7 +221,8 @@ class Objective:
         part: Part,
         batch: Batch,
     ) -> dict[str, Tensor]:
-        found = {side: emd_loss(cost, flows[side][self.rows]) for side, cost in zip(SIDES, costs, strict=True)}
+        costs = costs[..., : self.mapping.student_layers]
+        found = {side: emd_loss(cost, flows[side]) for side, cost in zip(SIDES, costs, strict=True)}
         mask = part.inputs["attention_mask"].bool()
         # L_emb = mean((W e_student - e_teacher)^2): the cost of one layer against one.
         embedding = hidden_cost(teacher.embeddings, [self.trained.project(e) for e in student.embeddings], mask=mask)

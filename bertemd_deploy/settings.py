@@ -12,6 +12,8 @@ from typing import Any, Literal
 Precision = Literal["auto", "float32", "bfloat16"]
 Mapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
 Augmentation = Literal["none", "dropout", "mlm"]
+KeepEpoch = Literal["best", "last"]
+CostScale = Literal["absolute", "relative"]
 STUDENT_NAMES = ("4L-312", "6L-768", "4L", "6L")
 MAPPINGS: tuple[str, ...] = typing.get_args(Mapping)
 
@@ -29,6 +31,7 @@ class TeacherSettings:
         model: Hugging Face folder, hub id, or `package:IMPORT_NAME/sub/folder`.
         sha256: expected hash of its `model.safetensors`; null checks none.
         finetune: "auto" fine-tunes a checkpoint without a classification head, "always" any, "never" none.
+        keep_epoch: whose weights: the "best" epoch on dev, or the "last", which leaves dev to measure on.
         precision: of matrix products in training; "auto" is bfloat16 where the processor has it (AVX512-BF16, AMX).
             Weights, optimiser, costs and losses stay float32.
         micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same up to rounding
@@ -44,6 +47,7 @@ class TeacherSettings:
     warmup_ratio: float = bounded(0.1, 0, 1)
     weight_decay: float = bounded(0.01, 0, 1)
     seed: int = bounded(42, 0, 2**31)
+    keep_epoch: KeepEpoch = "best"
     precision: Precision = "auto"
     micro_batch_size: int | None = bounded(None, 1, 4096)
     checkpoint_seconds: float = bounded(60.0, 0)
@@ -102,7 +106,12 @@ class DistillSettings:
         reduction: "batch" sums over classes and takes the mean over the batch; "element" is the mean over both, to
             which the published beta belongs.
         cost_attention: form of the marginals' update; emd_temperature (T_emd) belongs to "softmax".
+        marginal_momentum: share of the marginals that a step keeps; 0 replaces them at every step, as published.
         separate_marginals: keep attention and hidden marginals apart instead of averaging them.
+        transported_mass: share of the layers' mass that a flow moves, the cheapest; 1 moves all, as published. Less leaves
+            teacher layers that no student layer resembles alone. The loss is the mean over what is moved.
+        cost_scale: "absolute", as published, or "relative" to the mean square of the teacher layer, which weighs attention
+            and hidden states, and early and late layers, alike.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
         precision: of matrix products in training, as in `TeacherSettings`.
         micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same up to rounding
@@ -116,6 +125,7 @@ class DistillSettings:
         augmentation_rate: share of a row's tokens that are changed.
         quant_aware: the last `quant_aware_epochs` epochs train the student as its static int8 graph will compute; export with
             quantize.mode static takes the ranges learnt there.
+        keep_epoch: as in `TeacherSettings`.
         checkpoint_seconds: longest time between two resumable checkpoints.
     """
 
@@ -133,7 +143,10 @@ class DistillSettings:
     reduction: Literal["batch", "element"] = "batch"
     cost_attention: Literal["ratio", "softmax"] = "ratio"
     emd_temperature: float = bounded(1.0, 0, above=True)
+    marginal_momentum: float = bounded(0.0, 0, 0.999)
     separate_marginals: bool = False
+    transported_mass: float = bounded(1.0, 0.05, 1)
+    cost_scale: CostScale = "absolute"
     hidden_projection: bool = False
     micro_batch_size: int | None = bounded(None, 1, 4096)
     teacher_cache_bytes: int = bounded(0, 0)
@@ -143,6 +156,7 @@ class DistillSettings:
     quant_aware: bool = False
     quant_aware_epochs: int = bounded(1, 1, 1000)
     seed: int = bounded(42, 0, 2**31)
+    keep_epoch: KeepEpoch = "best"
     precision: Precision = "auto"
     logging_steps: int = bounded(10, 1)
     checkpoint_seconds: float = bounded(60.0, 0)

@@ -29,6 +29,13 @@ from bertemd_deploy.targets import resolve
 _MEMORY = ("micro_batch_size", "teacher_cache_bytes")  # the same result up to rounding and dropout's draws
 _AUGMENTATION = ("augmentation", "augmentation_copies", "augmentation_rate")
 _QUANT_AWARE = ("quant_aware", "quant_aware_epochs")
+_LATER_TEACHER: dict[str, Any] = {"keep_epoch": "best"}  # settings that came later, and what was done before them
+_LATER_DISTILL: dict[str, Any] = {
+    "keep_epoch": "best",
+    "marginal_momentum": 0.0,
+    "transported_mass": 1.0,
+    "cost_scale": "absolute",
+}
 _LATER_EXPORT = ("target", "vocabulary", "tokenizer_inside")
 _LATER_QUANTIZE = ("max_changed", "embedding_bits", "float16_on_cpu")
 _LATER = ("model_files", "initial_weights")  # inputs that earlier versions did not record
@@ -47,7 +54,7 @@ def finetune_inputs(recipe: Recipe, folder: Path, shared: Mapping[str, Any]) -> 
     return dict(shared) | {
         "weights": sha256_file(folder / WEIGHTS),
         "model_files": _model_files(folder),
-        "teacher": _without(asdict(settings), _MEMORY),
+        "teacher": _added(_without(asdict(settings), _MEMORY), _LATER_TEACHER),
     }
 
 
@@ -75,7 +82,7 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
         "teacher": sha256_file(teacher / WEIGHTS),
         "model_files": _model_files(teacher),
         "student": asdict(recipe.student),
-        "distill": _without(asdict(settings), unused),
+        "distill": _added(_without(asdict(settings), unused), _LATER_DISTILL),
     }
     if (start := _start(recipe.student)) is not None:
         inputs["initial_weights"] = {WEIGHTS: sha256_file(start / WEIGHTS)} | _model_files(start)
@@ -144,6 +151,11 @@ def _unless_default(settings: ExportSettings | QuantizeSettings, names: tuple[st
     plain = asdict(type(settings)())
     found = asdict(settings)
     return {key: value for key, value in found.items() if key not in names or value != plain[key]}
+
+
+def _added(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those of `later` that do what was done before there were any."""
+    return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
 
 def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -204,6 +204,52 @@ def test_flow_holds_its_marginals_and_an_outside_solver_agrees(problem):
 
 
 @quick
+@given(problems(), st.sampled_from([0.1, 0.5, 0.9]))
+def test_partial_flow_holds_its_bounds_and_an_outside_solver_agrees(problem, mass):
+    optimize = pytest.importorskip("scipy.optimize")
+    cost, a, b = problem
+    flow = solve_flow(cost, teacher_weights=a, student_weights=b, mass=mass)
+    assert (flow >= 0).all()
+    assert_close(flow.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert (flow.sum(1) * mass <= a + 1e-9).all()
+    assert (flow.sum(0) * mass <= b + 1e-9).all()
+    rows = np.kron(np.eye(len(a)), np.ones(len(b)))
+    columns = np.kron(np.ones(len(a)), np.eye(len(b)))
+    answer = optimize.linprog(
+        cost.flatten().numpy(),
+        A_ub=np.vstack([rows, columns]),
+        b_ub=np.concatenate([a.numpy(), b.numpy()]),
+        A_eq=np.ones((1, cost.numel())),
+        b_eq=[mass],
+    )
+    assert answer.status == 0
+    np.testing.assert_allclose(float(emd_loss(cost, flow)) * mass, answer.fun, rtol=1e-6, atol=1e-6)
+
+
+def test_partial_flow_moves_the_cheapest_by_hand():
+    flow = solve_flow(COST, teacher_weights=A, student_weights=B, mass=0.25)
+    assert_close(flow, torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
+    flow = solve_flow(COST, teacher_weights=A, student_weights=B, mass=0.5)
+    assert_close(flow, torch.tensor([[0.5, 0.0], [0.0, 0.5]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mass", [0.0, -0.5, 1.5, float("nan")])
+def test_a_mass_that_cannot_be_moved(mass):
+    with pytest.raises(EmdError, match=r"the mass that is moved should be above 0 and at most 1, found"):
+        solve_flow(COST, teacher_weights=A, student_weights=B, mass=mass)
+
+
+def test_cost_attention_of_a_partial_flow_by_hand():
+    """Teacher layer 1 moved nothing: its unit cost is the least of its costs, 1; layer 0 moved its mass for 0.5 a unit."""
+    cost = torch.tensor([[0.5, 3.0], [2.0, 1.0]], dtype=torch.float64)
+    flow = solve_flow(cost, teacher_weights=A, student_weights=B, mass=0.25)
+    assert_close(flow, torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
+    teacher, student = cost_attention(cost, flow, teacher_weights=A, student_weights=B)
+    assert_close(teacher, torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
+    assert_close(student, torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
+
+
+@quick
 @given(problems(), st.randoms(use_true_random=False))
 def test_permuting_layers_permutes_the_problem(problem, random):
     cost, a, b = problem

@@ -103,6 +103,49 @@ def test_emd_carries_its_marginals_from_step_to_step(mode, separate):
     assert same is not separate
 
 
+# Teacher layers 0 and 2 are student layers 0 and 1; layer 1 resembles either a little. The same costs at every step.
+ALIGNED = torch.tensor([[0.02, 9.0], [4.0, 4.0], [9.0, 0.05]])
+
+
+def _weights_over_steps(momentum: float, steps: int = 200) -> list[torch.Tensor]:
+    mapping = LayerMapping("emd", 3, 2, momentum=momentum)
+    found = []
+    for _ in range(steps):
+        mapping.step(torch.stack([ALIGNED, ALIGNED]))
+        found.append(mapping.marginals["hidden"][0])
+    return found
+
+
+def test_momentum_ends_the_swing_of_replaced_marginals():
+    """Replaced marginals overshoot: a cheap layer gets nearly all mass, which makes it dear, and so on, step by step."""
+    swinging, calm = _weights_over_steps(0.0), _weights_over_steps(0.9)
+    assert (swinging[-1] - swinging[-2]).abs().max() > 0.9
+    assert (calm[-1] - calm[-2]).abs().max() < 0.06
+    assert calm[-1][1] < calm[-1][[0, 2]].min()  # the layer that no student layer resembles weighs least
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_momentum_keeps_its_share_of_the_marginals(separate):
+    plain = LayerMapping("emd", 3, 2, separate=separate)
+    damped = LayerMapping("emd", 3, 2, separate=separate, momentum=0.75)
+    costs = torch.stack([ATTENTION, HIDDEN])
+    plain.step(costs)
+    damped.step(costs)
+    for side in SIDES:
+        for fresh, kept, start in zip(
+            plain.marginals[side], damped.marginals[side], (uniform_weights(3), uniform_weights(2)), strict=True
+        ):
+            assert_close(kept, 0.75 * start + 0.25 * fresh)
+
+
+def test_a_mass_below_one_leaves_dear_layers_alone():
+    mapping = LayerMapping("emd-fixed", 3, 2, mass=0.6)
+    mapping.step(torch.stack([ALIGNED, ALIGNED]))
+    for flow in mapping.flows.values():
+        assert pairs(flow) == [(0, 0), (2, 1)]
+        assert_close(flow.sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
 def test_resumed_mapping_goes_on_as_the_first_would_have():
     first = LayerMapping("emd", 3, 2, separate=True)
     first.step(torch.stack([ATTENTION, HIDDEN]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.batching import Batch, Batching
-from bertemd_deploy.mapping import LayerMapping
+from bertemd_deploy.mapping import SIDES, LayerMapping
 from bertemd_deploy.objective import Distiller, Objective
 from bertemd_deploy.processes import Processes
 from bertemd_deploy.settings import DistillSettings
@@ -62,10 +62,12 @@ def data_of(kind: Kind) -> DataSlice:
 
 @pytest.mark.parametrize("kind", ["classification", "token-classification", "question-answering"])
 @pytest.mark.parametrize("mapping", ["emd", "uniform", "none"])
-@pytest.mark.parametrize("reduction", ["batch", "element"])
-def test_parts_add_up_to_the_whole(kind: Kind, mapping: str, reduction: str) -> None:
+@pytest.mark.parametrize(
+    ("reduction", "scale"), [("batch", "absolute"), ("element", "absolute"), ("batch", "relative")]
+)
+def test_parts_add_up_to_the_whole(kind: Kind, mapping: str, reduction: str, scale: str) -> None:
     data = data_of(kind)
-    whole, parts = (build(kind, mapping=mapping, reduction=reduction) for _ in range(2))
+    whole, parts = (build(kind, mapping=mapping, reduction=reduction, cost_scale=scale) for _ in range(2))
     for objective in (whole, parts):  # in float64, so that rounding hides nothing
         objective.teacher.double()
         objective.trained.double()
@@ -86,6 +88,35 @@ def test_parts_add_up_to_the_whole(kind: Kind, mapping: str, reduction: str) -> 
         for name, value in expected.log().items():
             np.testing.assert_allclose(found.log()[name], value, rtol=1e-5, atol=1e-6)
     assert bool(expected.log()) is (mapping != "none")
+
+
+@pytest.mark.parametrize("mapping", ["emd", "skip"])
+def test_relative_costs_are_over_the_teacher_layers_mean_squares(monkeypatch: pytest.MonkeyPatch, mapping: str) -> None:
+    """L = sum_ij F_ij C_ij / S_i, with C of the plain objective and S_i the mean square over real positions."""
+    batch = cut(data_of("classification"), None)
+    objective, plain = build(mapping=mapping, cost_scale="relative"), build(mapping=mapping)
+    mask = batch.parts[0].inputs["attention_mask"].bool()
+    teacher = plain.read_teacher(batch.parts[0].inputs)
+    squares = {"hidden": [], "attention": []}
+    for hidden, query, key in zip(teacher.hidden_states, teacher.queries, teacher.keys, strict=True):
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        both = (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(scores)
+        squares["hidden"].append(hidden[mask].square().mean())
+        squares["attention"].append(scores[both].square().mean())
+    given: list[Tensor] = []
+    step = plain.mapping.step
+    monkeypatch.setattr(plain.mapping, "step", lambda costs=None: (given.append(costs), step(costs))[1])
+    plain.weighs = True
+    monkeypatch.setattr(
+        plain, "_flows", lambda costs: (given.append(costs.detach()), dict.fromkeys(SIDES, costs[0] * 0))[1]
+    )
+    one_step(plain, batch)
+    outcome, gradients = one_step(objective, batch)
+    for at, side in enumerate(SIDES):
+        relative = given[0][at].double() / torch.stack(squares[side])[objective.rows][:, None].double()
+        flow = objective.mapping.flows[side][objective.rows]
+        torch.testing.assert_close(outcome.parts[side].double(), (relative * flow).sum(), rtol=1e-4, atol=1e-6)
+    assert gradients
 
 
 def test_uneven_parts_weigh_by_their_units() -> None:

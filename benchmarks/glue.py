@@ -1,0 +1,258 @@
+"""Does the student hold up on real tasks, and does EMD earn its keep? A grid of task, mapping and seed, run until it is full.
+
+    python benchmarks/glue.py --grid minilm-4l --data GLUE --encoder FOLDER --work runs/glue --jobs 2
+
+GLUE holds one folder a task (MRPC, SST-2, CoLA, RTE) with train.tsv and dev.tsv; FOLDER is the pretrained encoder that the
+teachers are fine-tuned from. `glue.yaml` says what a grid consists of. Each finished student is one line in
+`results/glue.jsonl` (with --tuning, on a part of train in the place of dev, in `results/glue-tuning.jsonl`): recipe and its
+hash, seed, commit, machine, time, metrics of every epoch, flows and marginals at the end, metrics and fidelity to the teacher
+in PyTorch and of every exported graph, by dev row what paired tests need. What has its line is not run again; killed at any
+moment, the same command goes on. Several may work on one folder at once; --jobs starts them. `--plan` lists what there is to
+do. `--table` writes RESULTS.md from the lines alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "benchmarks"
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from glue_plan import Cell, cell_data, cells, read_plan  # noqa: E402
+
+
+def main() -> None:
+    """Read the command line and fill the grid, or show what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plan = read_plan()
+    parser.add_argument("--grid", choices=plan["grids"])
+    parser.add_argument("--data", type=Path, help="folder of the tasks' folders")
+    parser.add_argument("--encoder", type=Path, help="pretrained encoder of the grid's teachers")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "glue", help="teachers, students, artifacts")
+    parser.add_argument("--out", type=Path, help="lines of finished students [results/glue.jsonl or glue-tuning.jsonl]")
+    parser.add_argument("--tuning", action="store_true", help="the settings to choose from, on a part of train")
+    parser.add_argument("--task", action="append", help="this task only; may be repeated")
+    parser.add_argument("--variant", action="append", help="this variant only; may be repeated")
+    parser.add_argument("--minutes", type=float, help="stop after so long, to be continued")
+    parser.add_argument("--jobs", type=int, default=1, help="students at a time; threads are shared out among them")
+    parser.add_argument("--plan", action="store_true", help="list the cells and which are done")
+    parser.add_argument("--table", action="store_true", help="write RESULTS.md and its figures from the lines")
+    options = parser.parse_args()
+    if options.table:
+        from glue_tables import write_results
+
+        write_results()
+        return
+    if not options.grid or not (options.plan or (options.data and options.encoder)):
+        parser.error("name --grid with --data and --encoder, or --grid with --plan, or --table")
+    if options.out is None:
+        options.out = HERE / "results" / ("glue-tuning.jsonl" if options.tuning else "glue.jsonl")
+    todo = [
+        cell
+        for cell in cells(plan, options.grid, tuning=options.tuning)
+        if (not options.task or cell.task in options.task) and (not options.variant or cell.variant in options.variant)
+    ]
+    if options.plan:
+        done = finished(options.out)
+        for cell in todo:
+            print("done" if (cell.key, cell.seed) in done else "    ", cell.name, settings_text(cell))
+    elif options.jobs > 1:
+        sys.exit(share_out(options.jobs))
+    else:
+        fill(todo, options)
+
+
+def settings_text(cell: Cell) -> str:
+    """Return what tells a cell's distillation from the defaults of the method, in a line."""
+    distill = cell.recipe.to_dict()["distill"]
+    names = ("learning_rate", "epochs", "beta", "temperature", "cost_scale")
+    emd = ("cost_attention", "emd_temperature", "marginal_momentum", "transported_mass", "separate_marginals")
+    names += emd if distill["mapping"] == "emd" else ()
+    return " ".join(f"{name}={distill[name]}" for name in names)
+
+
+def share_out(jobs: int) -> int:
+    """Start `jobs` copies of this command, each with its share of the CPUs; return the worst exit status."""
+    cpus = len(os.sched_getaffinity(0))
+    threads = str(max(1, cpus // jobs))
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--jobs", "1"]
+    running = [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads}) for _ in range(jobs)]
+    return max(abs(one.wait()) for one in running)
+
+
+def finished(path: Path) -> set[tuple[str, int]]:
+    """Return (key, seed) of the students that have their line."""
+    return {(line["key"], line["seed"]) for line in read_lines(path)}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a results file; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path`; yield False where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def fill(todo: list[Cell], options: argparse.Namespace) -> None:
+    """Train, export and measure every cell that has no line yet and that nobody else is at."""
+    from bertemd_deploy.console import note
+    from bertemd_deploy.errors import BertemdError, UnfinishedError
+
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    for cell in todo:
+        with claimed(options.work / "locks" / cell.name) as ours:
+            if not ours or (cell.key, cell.seed) in finished(options.out):
+                continue
+            left = None if deadline is None else (deadline - time.monotonic()) / 60
+            if left is not None and left <= 0:
+                break
+            note(f"glue: {cell.name}: {settings_text(cell)}")
+            try:
+                line = run_cell(cell, options, minutes=left)
+            except UnfinishedError as error:
+                note(str(error))
+                break
+            except BertemdError as error:
+                sys.exit(f"glue: {cell.name}: {error}")
+            append(options.out, line)
+            models = line["models"]
+            shown = {
+                name: {**one["metrics"], "kl": one["kl"], "agreement": one["agreement"]} for name, one in models.items()
+            }
+            note(
+                f"glue: {cell.name}: " + json.dumps({name: shown[name] for name in ("torch", "int8") if name in shown})
+            )
+
+
+def run_cell(cell: Cell, options: argparse.Namespace, *, minutes: float | None) -> dict[str, Any]:
+    """Return the line of a cell, its teacher fine-tuned first if need be."""
+    from glue_measure import measure
+
+    from bertemd_deploy import pipeline, stages
+    from bertemd_deploy.bench import environment
+    from bertemd_deploy.facts import read_student
+    from bertemd_deploy.stage_inputs import distill_inputs
+
+    data = cell_data(cell, options.data / cell.folder)
+    recipe = replace(cell.recipe, teacher=replace(cell.recipe.teacher, model=str(options.encoder)))
+    max_length = recipe.data.max_length or data.task.max_length
+    teacher = fine_tuned(cell, recipe, data, max_length, options, minutes=minutes)
+    out = options.work / "students" / cell.name
+    trained = pipeline.stand_alone(
+        "distill",
+        out,
+        inputs=distill_inputs(recipe, teacher, {"data": data.sha256, "max_length": max_length}),
+        force=False,
+        train=lambda work, **extra: stages.distill_stage(
+            recipe,
+            teacher,
+            data,
+            max_length,
+            work,
+            max_minutes=minutes,
+            shared_cache=options.work / "teacher-cache",
+            **extra,
+        ),
+    )
+    artifact = options.work / "artifacts" / f"{cell.grid}-{cell.task}-{cell.variant}"
+    if cell.seed > 1 or cell.held_out:  # one of each is kept, to be timed
+        artifact = options.work / "artifacts" / f".{cell.name}"
+    stages.export_stage(recipe, out, artifact, force=True)
+    measured = measure(out, artifact, teacher)
+    if artifact.name.startswith("."):
+        shutil.rmtree(artifact)
+    distillation = read_student(out).distillation
+    device = environment.device()
+    kept = ("task", "variant", "seed", "key")
+    return {
+        "grid": cell.grid,
+        **{name: getattr(cell, name) for name in kept},
+        "held_out": cell.held_out,
+        "recipe": cell.recipe.to_dict(),
+        "commit": commit(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {name: device.get(name) for name in ("cpu", "isa", "cores", "threads")},
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        **{name: trained[name] for name in ("steps", "tokens", "seconds", "train_rows", "precision", "best_epoch")},
+        "epochs": distillation["dev"],
+        "flows": {name: distillation[name] for name in ("first", "last")}
+        | {"marginals": distillation["marginals"][-1:]},
+        **measured,
+    }
+
+
+def fine_tuned(
+    cell: Cell, recipe: Any, data: Any, max_length: int, options: argparse.Namespace, *, minutes: float | None
+) -> Path:
+    """Return the folder of a cell's teacher, one for all that share it; waits for another process that is at it."""
+    from bertemd_deploy import pipeline, stages
+    from bertemd_deploy.stage_inputs import finetune_inputs
+
+    if recipe.teacher.finetune == "never":
+        encoder: Path = options.encoder
+        return encoder
+    out: Path = options.work / "teachers" / f"{cell.recipe.teacher.model}-{cell.task}-{cell.teacher_key[:6]}"
+    lock = options.work / "locks" / out.name
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        pipeline.stand_alone(
+            "finetune",
+            out,
+            inputs=finetune_inputs(recipe, options.encoder, {"data": data.sha256, "max_length": max_length}),
+            force=False,
+            train=lambda work, **extra: stages.finetune_stage(
+                recipe, data, max_length, work, max_minutes=minutes, **extra
+            ),
+        )
+    return out
+
+
+def commit() -> str:
+    """Return the commit at hand, with a plus sign where files differ from it."""
+    known = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return known.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add one line to a results file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What the GLUE grids of `glue.yaml` consist of: cells, each one student of one task, mapping and seed, and its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertemd_deploy.config import Recipe, build_recipe, parse_yaml
+from bertemd_deploy.data import Dataset, load_data
+from bertemd_deploy.files import sha256_json
+
+PLAN = Path(__file__).with_name("glue.yaml")
+HELD_OUT_SEED = 20201116  # any fixed number: the same rows are held out for every setting
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student to train.
+
+    Attributes:
+        grid: its name in the plan.
+        task: its name in the plan.
+        folder: of its data, in the folder of all data.
+        variant: name of the mapping's settings, such as "emd".
+        seed: of the student's training.
+        recipe: how it is made, with the encoder's name for `teacher.model` and the task's for `data.path`.
+        held_out: share of train that stands for dev, where settings are chosen; 0 trains on all and measures on dev.
+    """
+
+    grid: str
+    task: str
+    folder: str
+    variant: str
+    seed: int
+    recipe: Recipe
+    held_out: float
+
+    @property
+    def key(self) -> str:
+        """Return the hash of everything but the seed."""
+        content = self.recipe.to_dict()
+        content["distill"].pop("seed")
+        return sha256_json({"recipe": content, "held_out": self.held_out})[:16]
+
+    @property
+    def teacher_key(self) -> str:
+        """Return the hash of what the teacher depends on."""
+        content = self.recipe.to_dict()
+        return sha256_json({name: content[name] for name in ("teacher", "data")} | {"held_out": self.held_out})[:16]
+
+    @property
+    def name(self) -> str:
+        """Return what the cell is called on the terminal and its folder."""
+        return f"{self.grid}-{self.task}-{self.variant}-{self.key[:6]}-seed{self.seed}"
+
+
+def read_plan() -> dict[str, Any]:
+    """Return the plan as written."""
+    plan: dict[str, Any] = parse_yaml(PLAN.read_text(encoding="utf-8"), where=str(PLAN))
+    return plan
+
+
+def cells(plan: Mapping[str, Any], grid: str, *, tuning: bool) -> Iterator[Cell]:
+    """Yield a grid's cells, all of the first seed first, so that a run cut short is as broad as can be.
+
+    Args:
+        plan: from `read_plan`.
+        grid: name of one of its grids.
+        tuning: the settings to choose from, on a part of train, instead of those that were chosen.
+    """
+    entry = plan["grids"][grid]
+    if tuning:
+        tried = entry["tuning"]
+        for seed in tried["seeds"]:
+            for task, settings in tried["tasks"].items():
+                for setting in settings:
+                    yield _cell(entry, grid, task, setting, seed=seed, held_out=tried["held_out"])
+        return
+    for seed in range(1, 1 + max(max(task["seeds"]) for task in entry["tasks"].values())):
+        for task, chosen in entry["tasks"].items():
+            if seed in chosen["seeds"]:
+                for name, settings in chosen["variants"].items():
+                    yield _cell(entry, grid, task, {"variant": name} | settings, seed=seed, held_out=0.0)
+
+
+def _cell(
+    entry: Mapping[str, Any], grid: str, task: str, setting: Mapping[str, Any], *, seed: int, held_out: float
+) -> Cell:
+    own = entry["tasks"][task]
+    variant = str(setting["variant"])
+    tried = {name: value for name, value in setting.items() if name != "variant"}
+    base = own["distill"] | entry["variants"][variant]
+    content = {
+        "teacher": {"model": entry["encoder"]} | own["teacher"],
+        "data": {"path": task, "task": task} | own.get("data", {}),
+        "student": entry["student"],
+        "distill": base | tried | {"seed": seed},
+        "export": entry.get("export", {}),
+        "quantize": entry.get("quantize", {}),
+    }
+    recipe = build_recipe(content, where=f"{PLAN.name}: {grid}, {task}, {variant}")
+    return Cell(grid, task, own["folder"], variant, seed, recipe, held_out)
+
+
+def cell_data(cell: Cell, folder: Path) -> Dataset:
+    """Return a cell's data set: the task's, or train alone with a part of it, the same for all, in the place of dev."""
+    settings = cell.recipe.data
+    data = load_data(str(folder), task=settings.task, train_limit=settings.train_limit)
+    if not cell.held_out:
+        return data
+    train = data.splits["train"]
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(len(train))
+    count = round(len(train) * cell.held_out)
+    splits = {
+        "train": train.select(sorted(order[count:].tolist())),
+        "dev": train.select(sorted(order[:count].tolist())),
+    }
+    return replace(data, splits=splits, sha256=sha256_json({"of": data.sha256, "held_out": cell.held_out}))

@@ -1,0 +1,167 @@
+"""The grid runner of the GLUE benchmark: it fills what is missing, line by line, and measures what a student is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+Task = Callable[..., tuple[Path, Path]]
+
+PLAN = """
+grids:
+  tiny:
+    encoder: a-teacher
+    student: {layers: 2, hidden: 16, heads: 2, intermediate: 32}
+    quantize: {max_drop: 100}
+    variants:
+      none: {mapping: none}
+      emd: {mapping: emd}
+    tasks:
+      small:
+        folder: SMALL
+        seeds: [1, 2]
+        data: {task: classification, max_length: 32}
+        teacher: {finetune: never}
+        distill: {epochs: 1, batch_size: 8, learning_rate: 2.0e-3, keep_epoch: last, precision: float32}
+        variants:
+          none: {}
+          emd: {beta: 0.05}
+    tuning:
+      held_out: 0.25
+      seeds: [11]
+      tasks:
+        small:
+          - {variant: emd, beta: 0.5}
+"""
+
+
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch, tiny_task: Task, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Return the command as a function of its options; it returns the lines that there are after it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import glue
+    import glue_plan
+
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(PLAN, encoding="utf-8")
+    monkeypatch.setattr(glue_plan, "PLAN", plan)
+    teacher, data = tiny_task()
+    (tmp_path / "data").mkdir()
+    data.rename(tmp_path / "data" / "SMALL")
+    out = tmp_path / "lines.jsonl"
+
+    def call(*options: str) -> list[dict[str, Any]]:
+        places = ("--data", tmp_path / "data", "--encoder", teacher, "--work", tmp_path / "work", "--out", out)
+        monkeypatch.setattr(sys, "argv", ["glue.py", "--grid", "tiny", *map(str, places), *options])
+        glue.main()
+        return glue.read_lines(out)
+
+    return call
+
+
+def test_a_grid_is_filled_once(grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = grid("--variant", "emd")
+    assert [(line["variant"], line["seed"]) for line in first] == [("emd", 1), ("emd", 2)]
+    lines = grid()
+    assert lines[:2] == first
+    assert [(line["variant"], line["seed"]) for line in lines[2:]] == [("none", 1), ("none", 2)]
+    before = (tmp_path / "lines.jsonl").read_bytes()
+    capsys.readouterr()
+    grid()
+    assert (tmp_path / "lines.jsonl").read_bytes() == before
+    assert "distill" not in capsys.readouterr().err
+    grid("--plan")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done"] * 4
+    assert sorted(path.name for path in (tmp_path / "work" / "artifacts").iterdir()) == [
+        "tiny-small-emd",
+        "tiny-small-none",
+    ]
+
+
+def test_a_line_says_what_was_trained_and_what_came_out(grid, tmp_path: Path) -> None:
+    none, emd = grid()[:2]
+    assert (none["key"] == emd["key"], emd["held_out"], emd["dev_rows"]) == (False, 0.0, 24)
+    assert (emd["recipe"]["teacher"]["model"], emd["recipe"]["data"]["path"]) == ("a-teacher", "small")
+    assert str(tmp_path) not in json.dumps(emd)
+    assert emd["commit"]
+    assert emd["machine"]["cpu"]
+    assert (emd["steps"], emd["best_epoch"], len(emd["epochs"])) == (6, 1, 1)
+    assert np.array(emd["flows"]["last"]["hidden_flow"]).shape == (4, 2)
+    assert none["flows"] == {"first": None, "last": None, "marginals": []}
+    assert emd["teacher"] == {"metrics": {"accuracy": 1.0}, "right": "1" * 24}
+    assert set(emd["models"]) == {"torch", "fp32", "int8", "fused", "fused-int8"}
+    assert emd["bytes"]["int8"] < emd["bytes"]["fp32"]
+    for model in emd["models"].values():
+        right = [int(bit) for bit in model["right"]]
+        assert model["metrics"]["accuracy"] == pytest.approx(np.mean(right))
+        assert model["agrees"] == model["right"]  # of a teacher that is always right
+        assert model["agreement"] == model["metrics"]["accuracy"]
+        assert model["kl"] == pytest.approx(np.mean(model["kls"]), abs=1e-6)
+        assert min(model["kls"]) >= 0
+    assert emd["models"]["fp32"]["kl"] == pytest.approx(emd["models"]["torch"]["kl"], rel=1e-3)
+
+
+def test_settings_are_chosen_on_a_part_of_train(grid) -> None:
+    (line,) = grid("--tuning")
+    assert (line["held_out"], line["seed"], line["dev_rows"], line["train_rows"]) == (0.25, 11, 12, 36)
+    assert line["recipe"]["distill"]["beta"] == 0.5
+
+
+def test_held_out_rows_are_none_of_those_trained_on(grid, tmp_path: Path) -> None:
+    import glue_plan
+
+    (cell,) = glue_plan.cells(glue_plan.read_plan(), "tiny", tuning=True)
+    data = glue_plan.cell_data(cell, tmp_path / "data" / "SMALL")
+    again = glue_plan.cell_data(cell, tmp_path / "data" / "SMALL")
+    whole = glue_plan.load_data(str(tmp_path / "data" / "SMALL"))
+    texts = {name: list(part.texts) for name, part in data.splits.items()}
+    assert sorted(texts["train"] + texts["dev"]) == sorted(whole.splits["train"].texts)
+    assert list(again.splits["dev"].texts) == texts["dev"]
+    assert data.sha256 != whole.sha256
+
+
+def test_a_killed_run_leaves_no_half_line_and_goes_on(grid, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import glue
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    measure = sys.modules["glue_measure"].measure if "glue_measure" in sys.modules else None
+    import glue_measure
+
+    measure = measure or glue_measure.measure
+    monkeypatch.setattr(glue_measure, "measure", dies)
+    with pytest.raises(KeyboardInterrupt):
+        grid("--variant", "none")
+    assert not (tmp_path / "lines.jsonl").exists()
+    monkeypatch.setattr(glue_measure, "measure", measure)
+    assert len(grid("--variant", "none")) == 2
+    assert glue.finished(tmp_path / "lines.jsonl")
+
+
+def test_what_another_process_is_at_is_left_to_it(grid, tmp_path: Path) -> None:
+    import glue
+    import glue_plan
+
+    first, *_ = glue_plan.cells(glue_plan.read_plan(), "tiny", tuning=False)
+    with glue.claimed(tmp_path / "work" / "locks" / first.name) as ours:
+        assert ours
+        lines = grid()
+    assert len(lines) == 3
+    assert (first.variant, first.seed) not in {(line["variant"], line["seed"]) for line in lines}
+
+
+def test_divergence_by_hand(grid) -> None:
+    import glue_measure
+
+    teacher = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], dtype=np.float32))
+    student = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], dtype=np.float32)) + 3
+    expected = [0.5 * np.log(2) + 0.5 * np.log(2 / 3), 0.0]
+    np.testing.assert_allclose(glue_measure.divergences(teacher, student), expected, atol=1e-6)
