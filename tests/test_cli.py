@@ -216,7 +216,7 @@ def test_run_bench_and_report_hand_over_what_was_asked(
     records = [tmp_path / "one.json", tmp_path / "two.json"]
     for path in records:
         path.write_text(json.dumps(plain))
-    bench.return_value = Benched(records[:1], {})
+    bench.return_value = Benched({"local": records[0]}, {})
     measured = call("bench", "a", "--teacher", teacher, "--out", tmp_path / "b", "--set", "bench.rounds=3", "--json")
     assert json.loads(measured.stdout) == plain
     assert bench.call_args.args == (Path("a"),)
@@ -224,7 +224,7 @@ def test_run_bench_and_report_hand_over_what_was_asked(
     assert bench.call_args.kwargs["settings"].rounds == 3
     assert call("bench", "a", "--out", tmp_path / "b").stdout == f"{records[0]}\n"
     assert bench.call_args.kwargs["teacher"] is None
-    bench.return_value = Benched(records, {})
+    bench.return_value = Benched(dict(enumerate(records)), {})
     devices = ("--device", "local", "--device", "raspberry-pi-5", "--strict", "--max-p95-ms", "20 ms")
     shown = call("bench", "a", "--out", tmp_path / "b", *devices, "--min-retention", "97%", "--json")
     assert json.loads(shown.stdout) == {"records": [plain, plain]}
@@ -243,7 +243,7 @@ def test_run_bench_and_report_hand_over_what_was_asked(
     missed = call("bench", "a", "--out", tmp_path / "b", "--max-size-mb", "1")
     assert (missed.exit_code, missed.stdout.splitlines()[0]) == (4, "2 MB of 1 MB")
     assert "error: 1 line(s) of budget or baseline missed" in missed.stderr
-    bench.return_value = Benched(records, {"local": NoisyError("too noisy.")})
+    bench.return_value = Benched(dict(enumerate(records)), {"local": NoisyError("too noisy.")})
     noisy = call("bench", "a", "--out", tmp_path / "b", "--strict")
     assert (noisy.exit_code, noisy.stdout.splitlines()[-1]) == (3, str(records[1]))
     empty = call("bench", "a", "--out", tmp_path / "b", "--max-size-mb", "")

@@ -19,6 +19,7 @@ from bertemd_deploy.errors import (
     ArtifactError,
     BertemdError,
     BudgetError,
+    MeasurementError,
     ModelError,
     RecipeError,
     TrainingError,
@@ -419,6 +420,46 @@ def test_an_artifact_does_not_go_into_its_student(tiny_task: Task, tmp_path: Pat
             stages.export_stage(recipe(teacher, data), teacher, out, data=str(data))
 
 
+def test_a_place_that_failed_is_measured_again_and_no_other(
+    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, data = tiny_task()
+    reused: list[set[str]] = []
+    failing = {"raspberry-pi-5": MeasurementError("it went away.")}
+
+    def measure(_artifact: Path, *, out: Path, reuse: set[str], settings: Any, **_: Any) -> Benched:
+        reused.append(reuse)
+        made = {}
+        for name in settings.devices:
+            if name not in failing:
+                made[name] = out / name / "record.json"
+                made[name].parent.mkdir(parents=True, exist_ok=True)
+                made[name].write_text(json.dumps({"schema_version": 1, "device": {"name": name}}))
+        return Benched(made, {name: error for name, error in failing.items() if name in settings.devices})
+
+    real = "bertemd_deploy.bench.places.bench_places"
+    monkeypatch.setattr(real, create_autospec(pkgutil.resolve_name(real), side_effect=measure))
+    devices = ["local", "raspberry-pi-5", "raspberry-pi-4"]
+    settings = recipe(teacher, data, quantize={"mode": "none"}, bench={"devices": devices})
+    out = tmp_path / "run"
+    for _ in range(2):
+        with pytest.raises(MeasurementError, match="it went away"):
+            pipeline.run(settings, out=out, stop_after="bench")
+    assert reused == [set(), {"local", "raspberry-pi-4"}]
+    (out / "bench/local/record.json").write_text("{}")  # not what was measured
+    other = recipe(teacher, data, quantize={"mode": "none"}, bench={"devices": devices, "rounds": 3})
+    with pytest.raises(MeasurementError):
+        pipeline.run(settings, out=out, stop_after="bench")
+    assert reused[2:] == [{"raspberry-pi-4"}]
+    with pytest.raises(MeasurementError):
+        pipeline.run(other, out=out, stop_after="bench")
+    failing.clear()
+    pipeline.run(other, out=out, stop_after="bench", from_stage="bench")
+    assert reused[3:] == [set(), set()]
+    assert state(out)["bench"]["status"] == "done"
+    assert not (out / "bench/measured.json").exists()
+
+
 def test_the_whole_pipeline_ends_in_a_report_and_a_second_run_does_nothing(
     tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -428,7 +469,7 @@ def test_the_whole_pipeline_ends_in_a_report_and_a_second_run_does_nothing(
         out.mkdir()
         made = {"schema_version": 1, "device": {"name": "here"}, "artifact": {}, "measurements": []}
         (out / "record.json").write_text(json.dumps(made | {"rounds": settings.rounds, "teacher": str(teacher)}))
-        return Benched([out / "record.json"], {})
+        return Benched({"local": out / "record.json"}, {})
 
     def write_page(records: list[Path], *, out: Path, **_: Any) -> Path:
         out.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,12 +54,17 @@ class Benched:
     """What came of the places.
 
     Attributes:
-        paths: of the records, in the order of the places; those that failed have none.
+        records: their paths by place, in the order of the places; those that failed have none.
         failures: by place, in the same order. A noisy measurement is a failure with a record.
     """
 
-    paths: list[Path]
+    records: dict[str, Path]
     failures: dict[str, BertemdError]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The records' paths, in the order of the places."""
+        return list(self.records.values())
 
     def check(self) -> None:
         """Raise what failed.
@@ -128,6 +133,7 @@ def bench_places(
     flags: Mapping[str, Any] | None = None,
     baseline: Path | None = None,
     force: bool = False,
+    reuse: Collection[str] = (),
 ) -> Benched:
     """Get the numbers of every place in `settings.devices`, and write a record for each.
 
@@ -142,6 +148,7 @@ def bench_places(
         flags: limits of the command line, by field of `Budget`.
         baseline: an earlier record, of one of the places.
         force: write into `out` even if it holds something else, or records of another kind.
+        reuse: names of `settings.devices` whose record in `out` is taken as it is.
 
     Raises:
         RecipeError: a place or limit that cannot be, found before anything is measured.
@@ -159,10 +166,14 @@ def bench_places(
         _check_place(place, folder, ours=any((one / RECORD).is_file() for one in folders), force=force)
     get = _Getter(artifact, teacher, settings, here=devices[LOCAL])
     failures: dict[str, BertemdError] = {}
-    found: list[tuple[Path, dict[str, Any]]] = []
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for place, folder, limit in zip(places, folders, limits, strict=True):
         if len(places) > 1:
             note(f"bench: {place.name} ({place.way})")
+        if place.name in reuse:
+            note(f"bench: {place.name}: measured already")
+            found[place.name] = (folder / RECORD, read_json(folder / RECORD, what="bench record"))
+            continue
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".bertemd-", dir=out) as scratch:
             try:
@@ -175,12 +186,12 @@ def bench_places(
                 record |= {"budget": budget_entry(record, limit)} if limit else {}
                 write_json(made / RECORD, record)
                 _place_files(made, folder)
-                found.append((folder / RECORD, record))
-    records = [record for _, record in found]
+                found[place.name] = (folder / RECORD, record)
+    records = [record for _, record in found.values()]
     if earlier is not None and records:
-        for (path, _), record in zip(found, with_baseline(records, earlier, where=str(baseline)), strict=True):
+        for (path, _), record in zip(found.values(), with_baseline(records, earlier, where=str(baseline)), strict=True):
             write_json(path, record)
-    return Benched([path for path, _ in found], failures)
+    return Benched({name: path for name, (path, _) in found.items()}, failures)
 
 
 def _read_baseline(path: Path, *, places: Sequence[Place], folders: Sequence[Path]) -> dict[str, Any]:

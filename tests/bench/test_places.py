@@ -183,6 +183,15 @@ def test_a_place_that_fails_costs_no_other_its_record(stand: Stand, tmp_path: Pa
         bench_places(tmp_path, teacher=None, out=out, settings=several)
 
 
+def test_what_was_measured_already_is_taken_as_it_is(stand: Stand, tmp_path: Path) -> None:
+    settings = BenchSettings(devices=("local", "raspberry-pi-5"))
+    first = bench_places(tmp_path, teacher=None, out=tmp_path / "out", settings=settings)
+    first[0].write_text(first[0].read_text().replace("{", '{"mark": 1, ', 1))
+    found = bench_places(tmp_path, teacher=None, out=tmp_path / "out", settings=settings, reuse={"local"}, force=True)
+    assert found == first
+    assert ["mark" in json.loads(path.read_text()) for path in found] == [True, False]
+
+
 def test_a_noisy_measurement_is_kept_and_judged(stand: Stand, tmp_path: Path) -> None:
     stand.failing["local"] = NoisyError("bench: the measurement is noisy.")
     with pytest.raises(NoisyError):

@@ -1,0 +1,449 @@
+"""What the lines of `glue.py` state, as RESULTS.md and its figures: records and the plan in, Markdown out; no models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from glue import read_lines
+from glue_figures import Picture, draw_flows, picture_rows
+from glue_plan import Cell, cells, read_plan
+from glue_stats import (
+    BARS,
+    FIXED,
+    RESAMPLES,
+    Bar,
+    Estimate,
+    Grid,
+    Line,
+    Lines,
+    difference,
+    mean_over_tasks,
+    mean_sd,
+    metric_names,
+    pooled_difference,
+    pooled_kl_ratio,
+    pooled_mcnemar,
+    read_grid,
+    retention,
+    same_origin,
+)
+
+from bertemd_deploy.files import write_text
+from bertemd_deploy.settings import DistillSettings
+
+HERE = Path(__file__).resolve().parent
+BASE = "uniform"  # what every other mapping is set against
+DRAWN = ("emd-fixed", "emd")  # variants whose flows are shown
+NOT_RUN, NOT_MEASURED = "not run yet", "not measured"
+TIE = 1e-9  # what rounding may take from a value that equals its bar
+NEEDS = {"accuracy": "accuracy", "agreement": "agreement", "kl": "KL"}
+
+
+def write_results(
+    lines_path: Path = HERE / "results" / "glue.jsonl",
+    tuning_path: Path = HERE / "results" / "glue-tuning.jsonl",
+    latency_path: Path = HERE / "results" / "glue-latency.json",
+    out: Path = HERE / "RESULTS.md",
+    figures: Path = HERE / "figures",
+) -> None:
+    """Write the page and its figures from the records alone.
+
+    Args:
+        lines_path: lines of finished students.
+        tuning_path: lines of the settings that were tried.
+        latency_path: times of the deployed models by grid and task, see `latency_rows`; may be absent.
+        out: the page.
+        figures: folder of the flows' maps.
+    """
+    plan = read_plan()
+    lines, tuning = read_lines(lines_path), read_lines(tuning_path)
+    latency = json.loads(latency_path.read_text(encoding="utf-8"))["grids"] if latency_path.exists() else {}
+    names = dict.fromkeys([*plan["grids"], *(line["grid"] for line in (*lines, *tuning))])
+    grids = [read_grid(name, plan, [line for line in lines if line["grid"] == name]) for name in names]
+    text = [*_intro(grids, plan), *_verdicts(grids)]
+    for grid in grids:
+        text += ["", f"## Grid {grid.name}", "", *_grid(grid, latency.get(grid.name, {}), figures=figures, out=out)]
+        text += [
+            "",
+            f"### {grid.name}: how settings were chosen",
+            "",
+            *_tuning(grid, plan, [line for line in tuning if line["grid"] == grid.name]),
+        ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "\n".join(text) + "\n")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table.
+
+    Raises:
+        ValueError: a row has another number of cells than the head.
+    """
+    filled = [[cell.replace("|", "/") for cell in row] for row in rows]
+    if any(len(row) != len(head) for row in filled):
+        raise ValueError(f"every row has {len(head)} cells")
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *filled)]
+
+
+def _spread(lines: Lines, name: str) -> str:
+    found = mean_sd(lines, name)
+    if found is None:
+        return NOT_RUN
+    mean, sd = found
+    digits = _digits(name)
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+
+
+def _signed(found: Estimate | None, name: str) -> str:
+    if found is None:
+        return "no pair yet"
+    value, low, high = (f"{one:+.{_digits(name)}f}" for one in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _digits(name: str) -> int:
+    return 5 if name == "kl" else 4  # a good student's divergence is a few thousandths
+
+
+def _ratio(found: Estimate | None) -> str:
+    return "no pair yet" if found is None else f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
+    yield "# GLUE: does the student hold up, and does EMD earn its keep?"
+    yield ""
+    yield "Written by `python benchmarks/glue.py --table` from `results/glue.jsonl`, `results/glue-tuning.jsonl` and, where it"
+    yield "exists, `results/glue-latency.json`. Change the records or the plan (`glue.yaml`), not this page."
+    yield ""
+    yield "## What was run"
+    yield ""
+    yield "A teacher is fine-tuned from a pretrained encoder, and students of some of its layers are distilled from it, one for"
+    yield "each task, mapping and seed. Students of one grid and task share their teacher. Each is exported and made int8."
+    yield ""
+    for grid in grids:
+        lines = [line for task in grid.tasks for line in grid.of_task(task)]
+        total = sum(grid.seeds(task, variant) for task in grid.tasks for variant in grid.variants)
+        entry = plan["grids"].get(grid.name)
+        made = f"encoder {entry['encoder']}, student {entry['student']['name']}, " if entry else ""
+        yield f"- `{grid.name}`: {made}tasks {_listed(grid.tasks)}; {len(lines)} of {total} planned students are finished."
+        if lines:
+            machines = sorted({f"{line['machine']['cpu']}, {line['machine']['cores']} cores" for line in lines})
+            hours = sum(float(line["seconds"]) for line in lines) / 3600
+            yield f"  Trained on {_listed(machines)}, {hours:.1f} hours in all; commit {_listed(_of(lines, 'commit'))}."
+        if grid.left_out:
+            yield f"  Left out: {grid.left_out} older line(s) of other settings, another teacher or other data."
+        if changed := _changed(grid):
+            yield f"  Settings that are no longer those of `glue.yaml`: {_listed(changed)}."
+    yield from [
+        "",
+        "To repeat it, with GLUE a folder of the tasks' folders and FOLDER the pretrained encoder:",
+        "",
+        "```",
+    ]
+    for grid in grids:
+        for tuning in (" --tuning", ""):
+            yield f"python benchmarks/glue.py --grid {grid.name} --data GLUE --encoder FOLDER{tuning}"
+    yield from ["python benchmarks/glue.py --table", "```", "", *_method(grids)]
+
+
+def _changed(grid: Grid) -> list[str]:
+    """Return the finished variants that the plan would train otherwise now, each with its task."""
+    planned = {(cell.task, cell.variant): _settings(cell.recipe.to_dict()) for cell in grid.planned}
+    known = [at for at in grid.found if at in planned]
+    return [" ".join(at) for at in known if _settings(grid.found[at][0]["recipe"]) != planned[at]]
+
+
+def _of(lines: Lines, name: str) -> list[str]:
+    return sorted({str(line[name]) for line in lines})
+
+
+def _method(grids: Sequence[Grid]) -> list[str]:
+    chosen = [line for grid in grids for lines in grid.found.values() for line in lines if _chosen_on_dev(line)]
+    words = (
+        "Nothing is chosen on dev: students and teachers keep their last epoch, and int8 graphs are taken as they come."
+    )
+    if chosen:
+        words = (
+            f"In {len(chosen)} line(s) an epoch or int8 layers were chosen on dev; their numbers are too good for it."
+        )
+    return [
+        f"- Choices. {words}",
+        "  Settings are chosen on a part of train that is held out: the last table of a grid shows what was tried for each",
+        "  mapping. A mapping for which more was tried has an advantage.",
+        "- Metrics are of dev, mean ± standard deviation (n - 1) over seeds. The first of a task is its main metric.",
+        "- Agreement is the share of dev rows that student and teacher give the same label, right or wrong.",
+        "- KL is the mean over dev rows of KL(teacher || student) = sum_c p_c (log p_c - log q_c), in nats; p are the",
+        "  teacher's probabilities of the labels, q the student's.",
+        "- Differences are of pairs: students of one task, teacher and seed. Brackets are 95% intervals of a bootstrap that",
+        f"  draws dev rows and seeds anew, the same ones for both sides ({RESAMPLES:,} draws). What another teacher would have",
+        "  changed is not in them, and with few seeds they are rather too small. Of many intervals about one in twenty",
+        "  excludes 0 by chance alone.",
+    ]
+
+
+def _chosen_on_dev(line: Line) -> bool:
+    recipe = line["recipe"]
+    epochs = {recipe["distill"].get("keep_epoch")}
+    if recipe["teacher"].get("finetune") != "never":
+        epochs.add(recipe["teacher"].get("keep_epoch"))
+    return epochs != {"last"} or recipe["quantize"].get("max_drop", 0) < 1
+
+
+def _verdicts(grids: Sequence[Grid]) -> list[str]:
+    found = [verdict(bar, {grid.name: grid for grid in grids}) for bar in BARS]
+    counts = [sum(word == said for word, _ in found) for said in ("met", "missed", "not measured yet")]
+    return [
+        "",
+        "## Verdict",
+        "",
+        f"Bars: {len(found)}; met: {counts[0]}; missed: {counts[1]}; not measured yet: {counts[2]}.",
+        "Where fewer seeds than planned are finished, a verdict holds for those alone and may change.",
+        "",
+        *(f"- {words}: **{word}**." for word, words in found),
+    ]
+
+
+def verdict(bar: Bar, grids: Mapping[str, Grid]) -> tuple[str, str]:
+    """Return "met", "missed" or "not measured yet", and the number and the bar in words."""
+    grid = grids.get(bar.grid)
+    value, words = {"kept": _kept, "mean": _mean, "ahead": _ahead}[bar.what](bar, grid)
+    if value is None:
+        return "not measured yet", words
+    good = value > bar.least if bar.what == "ahead" else value >= bar.least - TIE
+    return "met" if good else "missed", words
+
+
+def _kept(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
+    (task,) = bar.tasks
+    lines = grid.lines(task, "emd") if grid else ()
+    value = retention(lines, bar.of)
+    subject = (
+        f"`{bar.grid}`, {task}: the int8 student of `emd` is to keep at least {bar.least:g}% of its teacher's {bar.of}"
+    )
+    if value is None or grid is None:
+        return None, subject
+    return value, f"{subject}; it keeps {value:.2f}% ({len(lines)} of {grid.seeds(task, 'emd')} seeds)"
+
+
+def _mean(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
+    subject = (
+        f"`{bar.grid}`: on the mean over tasks of their first metrics `emd` is to be at least as good as "
+        f"each of {_listed([f'`{name}`' for name in FIXED])}"
+    )
+    if grid is None or not grid.tasks:
+        return None, subject
+    names = ("emd", *FIXED)
+    shared = {
+        task: set.intersection(*({line["seed"] for line in grid.lines(task, name)} for name in names))
+        for task in grid.tasks
+    }
+    if missing := [task for task, seeds in shared.items() if not seeds]:
+        return None, f"{subject}; without a seed of all of them so far: {_listed(missing)}"
+    first = {task: metric_names(grid.of_task(task))[0] for task in grid.tasks}
+    means = {
+        name: mean_over_tasks({task: grid.lines(task, name) for task in grid.tasks}, first, shared) for name in names
+    }
+    best = max(FIXED, key=means.__getitem__)
+    count, planned = sum(map(len, shared.values())), sum(grid.seeds(task, "emd") for task in grid.tasks)
+    return means["emd"] - means[best], (
+        f"{subject}; it reaches {means['emd']:.4f}, the best of them, `{best}`, {means[best]:.4f} "
+        f"({count} of {planned} seeds over {_listed(grid.tasks)})"
+    )
+
+
+def _ahead(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
+    ratio = bar.of == "kl"
+    asked = "the interval of the ratio is to lie below 1" if ratio else "the interval is to lie above 0"
+    subject = f"`{bar.grid}`: `emd` against `{bar.against}` in {NEEDS[bar.of]}, pooled over tasks, {asked}"
+    if grid is None or not grid.tasks:
+        return None, subject
+    sides = grid.sides("emd", bar.against, bar.tasks)
+    found = pooled_kl_ratio(sides) if ratio else pooled_difference(sides, bar.of)
+    if found is None or found.tasks < len(sides):
+        return None, f"{subject}; {found.tasks if found else 0} of {len(sides)} tasks have pairs"
+    shown = _ratio(found) if ratio else _signed(found, bar.of)
+    planned = sum(grid.seeds(task, "emd") for task in bar.tasks or grid.tasks)
+    return 1 - found.high if ratio else found.low, f"{subject}; it is {shown} ({found.pairs} of {planned} pairs)"
+
+
+def _grid(grid: Grid, latency: Mapping[str, Any], *, figures: Path, out: Path) -> Iterator[str]:
+    if not grid.found:
+        yield "No student of this grid is finished: its tables are left out."
+        return
+    yield from ["Teachers:", "", *_teachers(grid)]
+    for task in grid.tasks:
+        yield from ["", f"### {grid.name}, {task}", ""]
+        if not grid.of_task(task):
+            yield "No student of this task is finished: its tables are left out."
+            continue
+        yield from [*_task(grid, task), "", "As deployed, means over seeds:", ""]
+        yield from _deployed(grid, task, latency.get(task, ()))
+        pictures = {
+            variant: draw_flows(lines, name=f"{grid.name}-{task}-{variant}", folder=figures)
+            for variant in DRAWN
+            if (lines := grid.lines(task, variant))
+        }
+        yield from ["", *_maps(pictures, page=out)]
+    yield from ["", f"### {grid.name}, all tasks", "", *_pooled(grid)]
+
+
+def _teachers(grid: Grid) -> list[str]:
+    rows = []
+    for task in grid.tasks:
+        lines = grid.of_task(task)
+        if not lines:
+            rows.append([task, NOT_RUN, "", "", ""])
+            continue
+        line = max(lines, key=lambda one: str(one["finished"]))
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["teacher"]["metrics"].items())
+        size = f"{line['bytes']['teacher'] / 1e6:.1f}"
+        rows.append([task, metrics, size, f"{line['train_rows']:,}", f"{line['dev_rows']:,}"])
+    found = table(["task", "teacher, PyTorch fp32", "MB", "train rows", "dev rows"], rows)
+    several = [task for task in grid.tasks if len({line["teacher"]["right"] for line in grid.of_task(task)}) > 1]
+    if several:
+        found += ["", f"Teachers of equal settings differ between machines on {_listed(several)}; pairs share theirs."]
+    return found
+
+
+def _task(grid: Grid, task: str) -> list[str]:
+    metrics = metric_names(grid.of_task(task))
+    against = [f"{name} - {BASE} [95%]" for name in NEEDS.values()]
+    rows = []
+    for variant in grid.variants:
+        lines, base = grid.lines(task, variant), grid.lines(task, BASE)
+        count = f"{len(lines)} of {grid.seeds(task, variant)}"
+        if not lines:
+            rows.append([variant, count, NOT_RUN, *[""] * (len(metrics) + 5)])
+            continue
+        values = [_spread(lines, name) for name in (*metrics, "agreement", "kl")]
+        if variant == BASE:
+            rows.append([variant, count, *values, *[""] * 4])
+            continue
+        found = [difference(lines, base, name) for name in NEEDS]
+        pairs = str(found[0].pairs) if found[0] else "0"
+        rows.append([variant, count, *values, pairs, *map(_signed, found, NEEDS)])
+    head = ["mapping", "seeds", *metrics, "agreement", "KL", "pairs", *against]
+    return ["Students in PyTorch fp32:", "", *table(head, rows)]
+
+
+def _pooled(grid: Grid) -> list[str]:
+    head = ["mapping", "tasks", "pairs", f"accuracy - {BASE} [95%]", f"agreement - {BASE} [95%]", f"KL / {BASE} [95%]"]
+    head += ["rows lost, gained", "McNemar's p"]
+    rows = []
+    for variant in grid.variants:
+        if variant == BASE:
+            continue
+        sides = grid.sides(variant, BASE)
+        accuracy, counts = pooled_difference(sides, "accuracy"), pooled_mcnemar(sides)
+        if accuracy is None or counts is None:
+            rows.append([variant, f"0 of {len(sides)}", "0", "no pair yet", *[""] * 4])
+            continue
+        row = [variant, f"{accuracy.tasks} of {len(sides)}", str(accuracy.pairs), _signed(accuracy, "accuracy")]
+        row += [_signed(pooled_difference(sides, "agreement"), "agreement"), _ratio(pooled_kl_ratio(sides))]
+        rows.append([*row, f"{counts.lost}, {counts.gained}", f"{counts.p:.3g}"])
+    return [
+        f"Differences to `{BASE}` are means over tasks. KL is the geometric mean over tasks of the ratios; below 1 is nearer",
+        f"to the teacher. Lost and gained are dev rows, once per seed, that only `{BASE}` or only the other mapping has right.",
+        "Rows of several seeds are not independent, so the p describes and the intervals decide.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def _deployed(grid: Grid, task: str, latency: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = metric_names(grid.of_task(task))[0]
+    models = {"torch": "PyTorch fp32", "fp32": "ONNX fp32", "int8": "int8", "fused-int8": "fused int8"}
+    times = {str(entry["model"]): entry for entry in latency}
+    head = ["mapping", *(f"{first}, {name}" for name in models.values()), "int8 of teacher", "int8 MB", "teacher MB"]
+    head += ["int8 p50 ms", "int8 p95 ms", "faster [95%]"]
+    rows = []
+    for variant in grid.variants:
+        lines = grid.lines(task, variant)
+        if not lines:
+            rows.append([variant, NOT_RUN, *[""] * (len(head) - 2)])
+            continue
+        means = [mean_sd(lines, first, model=model) for model in models]
+        kept, sizes = retention(lines, first), lines[0]["bytes"]
+        row = [variant, *(f"{found[0]:.4f}" if found else "not made" for found in means)]
+        row += ["not defined" if kept is None else f"{kept:.2f}%"]
+        row += [f"{sizes[name] / 1e6:.1f}" if name in sizes else "not made" for name in ("int8", "teacher")]
+        rows.append([*row, *(_times(times["int8"]) if "int8" in times else [NOT_MEASURED] * 3)])
+    found = table(head, rows)
+    if times:
+        words = "All measured times. They depend on a model's sizes, not on its weights: one stands for all mappings."
+        listed = [[name, *_times(entry)] for name, entry in times.items()]
+        found += ["", words, "", *table(["model", "p50 ms", "p95 ms", "faster [95%]"], listed)]
+    return found
+
+
+def _times(entry: Mapping[str, Any]) -> list[str]:
+    value, low, high = entry["speedup"]
+    return [f"{entry['p50_ms']:.2f}", f"{entry['p95_ms']:.2f}", f"{value:.2f}x [{low:.2f}, {high:.2f}]"]
+
+
+def _maps(pictures: Mapping[str, Mapping[str, Picture]], *, page: Path) -> list[str]:
+    if not any(pictures.values()):
+        return [f"No flows of {_listed(DRAWN)} yet: their maps are left out."]
+    words = "Flows at the end of training, mean over seeds, in percent of the mass; cells below 0.1 are left blank:"
+    rows = [[name, *(cell or NOT_RUN for cell in cells)] for name, cells in picture_rows(pictures, page=page)]
+    return [words, "", *table(["mapping", "attention scores", "hidden states"], rows)]
+
+
+def _tuning(grid: Grid, plan: Mapping[str, Any], lines: Lines) -> Iterator[str]:
+    if not lines:
+        yield "No setting was tried yet: the table is left out."
+        return
+    planned = list(cells(plan, grid.name, tuning=True)) if grid.planned else []
+    chosen = {(cell.task, cell.variant): _settings(cell.recipe.to_dict()) for cell in grid.planned}
+    share = sorted({line["held_out"] for line in lines})
+    yield f"Measured on {_listed([f'{100 * part:g}%' for part in share])} of train, held out, without dev. Sorted by KL."
+    for task in dict.fromkeys([cell.task for cell in planned] + [line["task"] for line in lines]):
+        tried = same_origin([line for line in lines if line["task"] == task]) if lines else []
+        yield from ["", f"{task}:", ""]
+        missing = {cell.key: cell for cell in planned if cell.task == task} if tried else {}
+        yield from _tried(task, tried, missing, chosen) if tried else [f"All {NOT_RUN}: the table is left out."]
+
+
+def _tried(
+    task: str, lines: Lines, planned: Mapping[str, Cell], chosen: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> list[str]:
+    by_key: dict[str, list[Line]] = {}
+    for line in lines:
+        by_key.setdefault(line["key"], []).append(line)
+    entries = [(of[0]["variant"], _settings(of[0]["recipe"]), of) for of in by_key.values()]
+    entries += [
+        (cell.variant, _settings(cell.recipe.to_dict()), []) for key, cell in planned.items() if key not in by_key
+    ]
+    plain = dataclasses.asdict(DistillSettings())
+    every = [settings for _, settings, _ in entries]
+    names = [name for name in every[0] if name != "mapping" and any(one[name] != plain[name] for one in every)]
+    shared = [name for name in names if len(entries) > 1 and all(one[name] == every[0][name] for one in every)]
+    metrics = metric_names(lines)
+    rows = []
+    for variant, settings, of in sorted(entries, key=lambda entry: _order(entry[2])):
+        own = [f"{name} {settings[name]}" for name in names if name not in shared and settings[name] != plain[name]]
+        values = [_spread(of, name) for name in (*metrics, "agreement", "kl")] if of else [NOT_RUN]
+        values += [""] * (len(metrics) + 2 - len(values))
+        mark = "chosen" if chosen.get((task, variant)) == settings else ""
+        rows.append([variant, ", ".join(own) or "as by default", str(len(of)), *values, mark])
+    words = [f"For all: {', '.join(f'{name} {every[0][name]}' for name in shared)}.", ""] if shared else []
+    return [*words, *table(["mapping", "settings", "seeds", *metrics, "agreement", "KL", "in glue.yaml"], rows)]
+
+
+def _order(lines: Lines) -> float:
+    found = mean_sd(lines, "kl")
+    return float("inf") if found is None else found[0]
+
+
+def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings of the distillation without the seed; those that came after the record as by default."""
+    found = dataclasses.asdict(DistillSettings()) | recipe["distill"]
+    return {name: value for name, value in found.items() if name != "seed"}
