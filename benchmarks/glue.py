@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from glue_plan import Cell, cell_data, cells, read_plan  # noqa: E402
+from glue_plan import Cell, cell_data, cells, key_of_line, read_plan  # noqa: E402
 
 
 def main() -> None:
@@ -96,14 +96,22 @@ def share_out(jobs: int) -> int:
 
 def finished(path: Path) -> set[tuple[str, int]]:
     """Return (key, seed) of the students that have their line."""
-    return {(line["key"], line["seed"]) for line in read_lines(path)}
+    from bertemd_deploy.errors import RecipeError
+
+    found = set()
+    for line in read_lines(path):
+        with contextlib.suppress(RecipeError):  # of settings that are gone: not what is asked for
+            found.add((key_of_line(line), line["seed"]))
+    return found
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a results file; none where there is no file."""
+    """Return the whole lines of a results file; none where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with path.open(encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 @contextlib.contextmanager
@@ -129,12 +137,11 @@ def fill(todo: list[Cell], options: argparse.Namespace) -> None:
         with claimed(options.work / "locks" / cell.name) as ours:
             if not ours or (cell.key, cell.seed) in finished(options.out):
                 continue
-            left = None if deadline is None else (deadline - time.monotonic()) / 60
-            if left is not None and left <= 0:
+            if deadline is not None and time.monotonic() >= deadline:
                 break
             note(f"glue: {cell.name}: {settings_text(cell)}")
             try:
-                line = run_cell(cell, options, minutes=left)
+                line = run_cell(cell, options, deadline=deadline)
             except UnfinishedError as error:
                 note(str(error))
                 break
@@ -150,7 +157,12 @@ def fill(todo: list[Cell], options: argparse.Namespace) -> None:
             )
 
 
-def run_cell(cell: Cell, options: argparse.Namespace, *, minutes: float | None) -> dict[str, Any]:
+def minutes_until(deadline: float | None) -> float | None:
+    """Return the minutes left, or None where there is no deadline."""
+    return None if deadline is None else max(0.0, (deadline - time.monotonic()) / 60)
+
+
+def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None) -> dict[str, Any]:
     """Return the line of a cell, its teacher fine-tuned first if need be."""
     from glue_measure import measure
 
@@ -162,24 +174,25 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, minutes: float | None) 
     data = cell_data(cell, options.data / cell.folder)
     recipe = replace(cell.recipe, teacher=replace(cell.recipe.teacher, model=str(options.encoder)))
     max_length = recipe.data.max_length or data.task.max_length
-    teacher = fine_tuned(cell, recipe, data, max_length, options, minutes=minutes)
+    teacher = fine_tuned(cell, recipe, data, max_length, options, deadline=deadline)
     out = options.work / "students" / cell.name
-    trained = pipeline.stand_alone(
-        "distill",
-        out,
-        inputs=distill_inputs(recipe, teacher, {"data": data.sha256, "max_length": max_length}),
-        force=False,
-        train=lambda work, **extra: stages.distill_stage(
-            recipe,
-            teacher,
-            data,
-            max_length,
-            work,
-            max_minutes=minutes,
-            shared_cache=options.work / "teacher-cache",
-            **extra,
-        ),
-    )
+    with claimed(options.work / "locks" / "teacher-cache") as ours:  # runs one after the other may share it
+        trained = pipeline.stand_alone(
+            "distill",
+            out,
+            inputs=distill_inputs(recipe, teacher, {"data": data.sha256, "max_length": max_length}),
+            force=False,
+            train=lambda work, **extra: stages.distill_stage(
+                recipe,
+                teacher,
+                data,
+                max_length,
+                work,
+                max_minutes=minutes_until(deadline),
+                shared_cache=options.work / "teacher-cache" if ours else None,
+                **extra,
+            ),
+        )
     artifact = options.work / "artifacts" / f"{cell.grid}-{cell.task}-{cell.variant}"
     if cell.seed > 1 or cell.held_out:  # one of each is kept, to be timed
         artifact = options.work / "artifacts" / f".{cell.name}"
@@ -208,7 +221,7 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, minutes: float | None) 
 
 
 def fine_tuned(
-    cell: Cell, recipe: Any, data: Any, max_length: int, options: argparse.Namespace, *, minutes: float | None
+    cell: Cell, recipe: Any, data: Any, max_length: int, options: argparse.Namespace, *, deadline: float | None
 ) -> Path:
     """Return the folder of a cell's teacher, one for all that share it; waits for another process that is at it."""
     from bertemd_deploy import pipeline, stages
@@ -228,7 +241,7 @@ def fine_tuned(
             inputs=finetune_inputs(recipe, options.encoder, {"data": data.sha256, "max_length": max_length}),
             force=False,
             train=lambda work, **extra: stages.finetune_stage(
-                recipe, data, max_length, work, max_minutes=minutes, **extra
+                recipe, data, max_length, work, max_minutes=minutes_until(deadline), **extra
             ),
         )
     return out
@@ -240,7 +253,7 @@ def commit() -> str:
         ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"],
+        ["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return known.stdout.strip() + ("+" if changed.stdout.strip() else "")
@@ -249,9 +262,12 @@ def commit() -> str:
 def append(path: Path, line: dict[str, Any]) -> None:
     """Add one line to a results file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)  # what a killed process left of its line
+        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 if __name__ == "__main__":

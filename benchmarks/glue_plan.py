@@ -42,9 +42,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Return the hash of everything but the seed."""
-        content = self.recipe.to_dict()
-        content["distill"].pop("seed")
-        return sha256_json({"recipe": content, "held_out": self.held_out})[:16]
+        return key_of(self.grid, self.variant, self.recipe, held_out=self.held_out)
 
     @property
     def teacher_key(self) -> str:
@@ -56,6 +54,23 @@ class Cell:
     def name(self) -> str:
         """Return what the cell is called on the terminal and its folder."""
         return f"{self.grid}-{self.task}-{self.variant}-{self.key[:6]}-seed{self.seed}"
+
+
+def key_of(grid: str, variant: str, recipe: Recipe, *, held_out: float) -> str:
+    """Return the hash of everything that a student depends on but its seed."""
+    content = recipe.to_dict()
+    content["distill"].pop("seed")
+    return sha256_json({"grid": grid, "variant": variant, "recipe": content, "held_out": held_out})[:16]
+
+
+def key_of_line(line: Mapping[str, Any]) -> str:
+    """Return a finished student's key as of today: settings that are newer than its line have their defaults.
+
+    Raises:
+        RecipeError: a setting of it is no longer known.
+    """
+    recipe = build_recipe(line["recipe"], where=f"line of {line['task']}, {line['variant']}")
+    return key_of(line["grid"], line["variant"], recipe, held_out=line["held_out"])
 
 
 def read_plan() -> dict[str, Any]:

@@ -146,6 +146,30 @@ def test_a_killed_run_leaves_no_half_line_and_goes_on(grid, monkeypatch: pytest.
     assert glue.finished(tmp_path / "lines.jsonl")
 
 
+def test_half_a_line_is_not_read_and_not_kept(grid, tmp_path: Path) -> None:
+    import glue
+
+    path = tmp_path / "lines.jsonl"
+    glue.append(path, {"number": 1})
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"numb')
+    assert glue.read_lines(path) == [{"number": 1}]
+    glue.append(path, {"number": 2})
+    assert path.read_text(encoding="utf-8") == '{"number": 1}\n{"number": 2}\n'
+
+
+def test_a_line_older_than_a_setting_still_counts(grid, tmp_path: Path) -> None:
+    lines = grid("--variant", "none")
+    for line in lines:
+        del line["recipe"]["distill"]["cost_scale"]
+        line["key"] = "of another time"
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert grid("--variant", "none") == lines
+    lines[0]["recipe"]["distill"]["beta"] = 0.7
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert len(grid("--variant", "none")) == 3
+
+
 def test_what_another_process_is_at_is_left_to_it(grid, tmp_path: Path) -> None:
     import glue
     import glue_plan
