@@ -193,12 +193,12 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
                 **extra,
             ),
         )
-    artifact = options.work / "artifacts" / f"{cell.grid}-{cell.task}-{cell.variant}"
-    if cell.seed > 1 or cell.held_out:  # one of each is kept, to be timed
-        artifact = options.work / "artifacts" / f".{cell.name}"
-    stages.export_stage(recipe, out, artifact, force=True)
+    artifact: Path | None = None
+    if not cell.held_out:  # settings are chosen by the student alone
+        artifact = options.work / "artifacts" / f"{cell.grid}-{cell.task}-{cell.variant}-seed{cell.seed}"
+        stages.export_stage(recipe, out, artifact, force=True)
     measured = measure(out, artifact, teacher)
-    if artifact.name.startswith("."):
+    if artifact is not None and cell.seed > 1:  # one of each is kept, to be timed
         shutil.rmtree(artifact)
     distillation = read_student(out).distillation
     device = environment.device()

@@ -57,19 +57,19 @@ def compare(
     }
 
 
-def measure(student: Path, artifact: Path, teacher: Path) -> dict[str, Any]:
-    """Return `compare` of the student in PyTorch ("torch") and of each of the artifact's graphs with the teacher, and sizes."""
+def measure(student: Path, artifact: Path | None, teacher: Path) -> dict[str, Any]:
+    """Return `compare` of the student in PyTorch ("torch") and of each of an artifact's graphs with the teacher, and sizes."""
     facts = read_student(student)
     part, labels, metrics = facts.evaluation, facts.labels, list(facts.task["metrics"])
     reference = model_logits(teacher, part, labels=labels, max_length=facts.max_length)
-    opened = Artifact.load(artifact)
     pad_id = checked_encoder(student, max_length=facts.max_length).pad_id
     outputs = {"torch": model_logits(student, part, labels=labels, max_length=facts.max_length)}
     sizes = {
         "torch": (student / "model.safetensors").stat().st_size,
         "teacher": (teacher / "model.safetensors").stat().st_size,
     }
-    for graph in opened.graphs():
+    opened = None if artifact is None else Artifact.load(artifact)
+    for graph in [] if opened is None else opened.graphs():
         path = opened.graph(graph)[1]
         outputs[graph] = predict_logits(open_session(path, threads=1), part.examples, pad_id=pad_id)
         sizes[graph] = path.stat().st_size

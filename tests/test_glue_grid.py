@@ -80,8 +80,8 @@ def test_a_grid_is_filled_once(grid, tmp_path: Path, capsys: pytest.CaptureFixtu
     grid("--plan")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done"] * 4
     assert sorted(path.name for path in (tmp_path / "work" / "artifacts").iterdir()) == [
-        "tiny-small-emd",
-        "tiny-small-none",
+        "tiny-small-emd-seed1",
+        "tiny-small-none-seed1",
     ]
 
 
@@ -112,6 +112,7 @@ def test_settings_are_chosen_on_a_part_of_train(grid) -> None:
     (line,) = grid("--tuning")
     assert (line["held_out"], line["seed"], line["dev_rows"], line["train_rows"]) == (0.25, 11, 12, 36)
     assert line["recipe"]["distill"]["beta"] == 0.5
+    assert set(line["models"]) == {"torch"}
 
 
 def test_held_out_rows_are_none_of_those_trained_on(grid, tmp_path: Path) -> None:
