@@ -115,14 +115,14 @@ def attention_cost(
 def solve_flow(cost_matrix: Tensor, *, teacher_weights: Tensor, student_weights: Tensor, mass: float = 1.0) -> Tensor:
     """Return the cheapest flow from teacher layers to student layers (F above), solved exactly by POT and checked.
 
-    With `mass` m below 1 the flow is partial: only the cheapest share m of the mass is moved, F 1 <= a, F^T 1 <= b, and what
-    is returned is F / m, as in the Earth Mover's Distance of unequal masses (Rubner et al. 2000: work over total flow).
+    With `mass` m below 1 the teacher offers more than is asked for, F 1 <= a / m and F^T 1 = b, the Earth Mover's Distance of
+    unequal masses (Rubner et al. 2000): every student layer learns its share, teacher layers may be left alone.
 
     Args:
         cost_matrix: (M, N) ground costs, finite, any float dtype and device.
         teacher_weights: (M,) marginal a.
         student_weights: (N,) marginal b.
-        mass: m, in (0, 1].
+        mass: m, share of the teacher's mass that is moved, in (0, 1].
 
     Returns:
         (M, N) flow, float64, on the CPU, without gradient; its mass is 1.
@@ -237,16 +237,10 @@ def _exact_flow(cost: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np
 def _partial_flow(
     cost: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64], mass: float
 ) -> NDArray[np.float64]:
-    """Solve with one more layer on either side that takes, for nothing, what is not moved, and nothing from the other."""
-    teachers, students = cost.shape
-    padded = np.zeros((teachers + 1, students + 1))
-    padded[:-1, :-1] = cost
-    padded[-1, -1] = 2.0 * cost.max() + 1.0
-    rest = 1.0 - mass
-    scale = 1.0 + rest  # of either side's mass
-    flow = _exact_flow(padded, np.append(a, rest) / scale, np.append(b, rest) / scale) * scale
-    moved = flow[:-1, :-1]
-    return np.asarray(moved / moved.sum(), dtype=np.float64)
+    """Solve with one more student layer, which takes for nothing what is not moved."""
+    padded = np.append(cost, np.zeros((len(a), 1)), axis=1)
+    moved = _exact_flow(padded, a, np.append(b * mass, 1.0 - mass))[:, :-1]
+    return np.asarray(moved / mass, dtype=np.float64)
 
 
 def _layers(layers: Layers) -> list[Tensor]:

@@ -37,7 +37,7 @@ class LayerMapping:
         temperature: T_emd.
         separate: keep attention and hidden marginals apart.
         momentum: share of the marginals that a step keeps, w' = momentum w + (1 - momentum) cost_attention(w).
-        mass: share of the mass that a flow moves, see `emd.solve_flow`.
+        mass: share of the teacher's mass that a flow moves, see `emd.solve_flow`.
         marginals: "attention" and "hidden" to (teacher (M,), student (N,)) weights of the next step, float64.
         flows: flows of the last step, (M, N) float64.
     """

@@ -108,8 +108,8 @@ class DistillSettings:
         cost_attention: form of the marginals' update; emd_temperature (T_emd) belongs to "softmax".
         marginal_momentum: share of the marginals that a step keeps; 0 replaces them at every step, as published.
         separate_marginals: keep attention and hidden marginals apart instead of averaging them.
-        transported_mass: share of the layers' mass that a flow moves, the cheapest; 1 moves all, as published. Less leaves
-            teacher layers that no student layer resembles alone. The loss is the mean over what is moved.
+        transported_mass: share of the teacher layers' mass that a flow moves; 1 moves all, as published. With less, every
+            student layer still learns its share, and teacher layers that none of them resembles are left alone.
         cost_scale: "absolute", as published, or "relative" to the mean square of the teacher layer, which weighs attention
             and hidden states, and early and late layers, alike.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
