@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from glue_plan import Cell, cell_data, cells, key_of_line, read_plan  # noqa: E402
+from glue_plan import Cell, cell_data, cells, read_lines, read_plan  # noqa: E402
 
 
 def main() -> None:
@@ -96,22 +96,7 @@ def share_out(jobs: int) -> int:
 
 def finished(path: Path) -> set[tuple[str, int]]:
     """Return (key, seed) of the students that have their line."""
-    from bertemd_deploy.errors import RecipeError
-
-    found = set()
-    for line in read_lines(path):
-        with contextlib.suppress(RecipeError):  # of settings that are gone: not what is asked for
-            found.add((key_of_line(line), line["seed"]))
-    return found
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a results file; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    return {(line["key"], line["seed"]) for line in read_lines(path)}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 
 from bertemd_deploy.config import Recipe, build_recipe, parse_yaml
 from bertemd_deploy.data import Dataset, load_data
+from bertemd_deploy.errors import RecipeError
 from bertemd_deploy.files import sha256_json
 
 PLAN = Path(__file__).with_name("glue.yaml")
@@ -63,14 +67,21 @@ def key_of(grid: str, variant: str, recipe: Recipe, *, held_out: float) -> str:
     return sha256_json({"grid": grid, "variant": variant, "recipe": content, "held_out": held_out})[:16]
 
 
-def key_of_line(line: Mapping[str, Any]) -> str:
-    """Return a finished student's key as of today: settings that are newer than its line have their defaults.
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a results file, with the keys they have today; none where there is no file.
 
-    Raises:
-        RecipeError: a setting of it is no longer known.
+    Settings that are newer than a line have their defaults; a line of settings that are gone keeps its key, which is no cell's.
     """
-    recipe = build_recipe(line["recipe"], where=f"line of {line['task']}, {line['variant']}")
-    return key_of(line["grid"], line["variant"], recipe, held_out=line["held_out"])
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        lines = [json.loads(text) for text in file if text.endswith("\n")]
+    for line in lines:
+        with contextlib.suppress(RecipeError):
+            recipe = build_recipe(line["recipe"], where=str(path))
+            line["key"] = key_of(line["grid"], line["variant"], recipe, held_out=line["held_out"])
+    return lines
 
 
 def read_plan() -> dict[str, Any]:

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glue import read_lines
 from glue_figures import Picture, draw_flows, picture_rows
-from glue_plan import Cell, cells, read_plan
+from glue_plan import Cell, cells, read_lines, read_plan
 from glue_stats import (
     BARS,
     FIXED,

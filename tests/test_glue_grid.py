@@ -98,12 +98,13 @@ def test_a_line_says_what_was_trained_and_what_came_out(grid, tmp_path: Path) ->
     assert emd["teacher"] == {"metrics": {"accuracy": 1.0}, "right": "1" * 24}
     assert set(emd["models"]) == {"torch", "fp32", "int8", "fused", "fused-int8"}
     assert emd["bytes"]["int8"] < emd["bytes"]["fp32"]
-    for model in emd["models"].values():
+    assert [name for name, model in emd["models"].items() if "kls" in model] == ["torch", "int8"]
+    for model in (emd["models"]["torch"], emd["models"]["int8"]):
         right = [int(bit) for bit in model["right"]]
         assert model["metrics"]["accuracy"] == pytest.approx(np.mean(right))
         assert model["agrees"] == model["right"]  # of a teacher that is always right
         assert model["agreement"] == model["metrics"]["accuracy"]
-        assert model["kl"] == pytest.approx(np.mean(model["kls"]), abs=1e-6)
+        assert model["kl"] == pytest.approx(np.mean(model["kls"]), abs=1e-5)
         assert min(model["kls"]) >= 0
     assert emd["models"]["fp32"]["kl"] == pytest.approx(emd["models"]["torch"]["kl"], rel=1e-3)
 
@@ -112,7 +113,7 @@ def test_settings_are_chosen_on_a_part_of_train(grid) -> None:
     (line,) = grid("--tuning")
     assert (line["held_out"], line["seed"], line["dev_rows"], line["train_rows"]) == (0.25, 11, 12, 36)
     assert line["recipe"]["distill"]["beta"] == 0.5
-    assert set(line["models"]) == {"torch"}
+    assert set(line["models"]["torch"]) == {"metrics", "agreement", "kl"}
 
 
 def test_held_out_rows_are_none_of_those_trained_on(grid, tmp_path: Path) -> None:
@@ -151,12 +152,12 @@ def test_half_a_line_is_not_read_and_not_kept(grid, tmp_path: Path) -> None:
     import glue
 
     path = tmp_path / "lines.jsonl"
-    glue.append(path, {"number": 1})
+    glue.append(path, {"recipe": {}, "number": 1})
     with path.open("a", encoding="utf-8") as file:
         file.write('{"numb')
-    assert glue.read_lines(path) == [{"number": 1}]
-    glue.append(path, {"number": 2})
-    assert path.read_text(encoding="utf-8") == '{"number": 1}\n{"number": 2}\n'
+    assert glue.read_lines(path) == [{"recipe": {}, "number": 1}]
+    glue.append(path, {"recipe": {}, "number": 2})
+    assert path.read_text(encoding="utf-8") == '{"recipe": {}, "number": 1}\n{"recipe": {}, "number": 2}\n'
 
 
 def test_a_line_older_than_a_setting_still_counts(grid, tmp_path: Path) -> None:
@@ -165,7 +166,9 @@ def test_a_line_older_than_a_setting_still_counts(grid, tmp_path: Path) -> None:
         del line["recipe"]["distill"]["cost_scale"]
         line["key"] = "of another time"
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert grid("--variant", "none") == lines
+    again = grid("--variant", "none")
+    assert [line["key"] for line in again] != [line["key"] for line in lines]
+    assert [line | {"key": None} for line in again] == [line | {"key": None} for line in lines]
     lines[0]["recipe"]["distill"]["beta"] = 0.7
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert len(grid("--variant", "none")) == 3
