@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from glue_plan import Cell, cell_data, cells, read_lines, read_plan  # noqa: E402
+from glue_plan import Cell, cell_data, cells, is_whole, read_lines, read_plan  # noqa: E402
 
 
 def main() -> None:
@@ -59,6 +60,10 @@ def main() -> None:
         return
     if not options.grid or not (options.plan or (options.data and options.encoder)):
         parser.error("name --grid with --data and --encoder, or --grid with --plan, or --table")
+    for place in () if options.plan else (options.data, options.encoder):
+        if not place.is_dir():
+            parser.error(f"{place}: there is no such folder")
+    options.commit = commit()  # of the code that runs; the folder may move on while it does
     if options.out is None:
         options.out = HERE / "results" / ("glue-tuning.jsonl" if options.tuning else "glue.jsonl")
     todo = [
@@ -73,7 +78,7 @@ def main() -> None:
     elif options.jobs > 1:
         sys.exit(share_out(options.jobs))
     else:
-        fill(todo, options)
+        sys.exit(fill(todo, options))
 
 
 def settings_text(cell: Cell) -> str:
@@ -91,6 +96,8 @@ def share_out(jobs: int) -> int:
     threads = str(max(1, cpus // jobs))
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--jobs", "1"]
     running = [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads}) for _ in range(jobs)]
+    for number in (signal.SIGINT, signal.SIGTERM):  # each keeps its checkpoint and ends
+        signal.signal(number, lambda number, _frame: [one.send_signal(number) for one in running])
     return max(abs(one.wait()) for one in running)
 
 
@@ -112,26 +119,33 @@ def claimed(path: Path) -> Iterator[bool]:
         yield True
 
 
-def fill(todo: list[Cell], options: argparse.Namespace) -> None:
-    """Train, export and measure every cell that has no line yet and that nobody else is at."""
+def fill(todo: list[Cell], options: argparse.Namespace) -> int:
+    """Train, export and measure every cell that has no line yet and that nobody else is at; return the exit status.
+
+    It is 3 where a cell failed or time is over: the same command goes on.
+    """
     from bertemd_deploy.console import note
     from bertemd_deploy.errors import BertemdError, UnfinishedError
 
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    unfinished = False
     for cell in todo:
         with claimed(options.work / "locks" / cell.name) as ours:
             if not ours or (cell.key, cell.seed) in finished(options.out):
                 continue
             if deadline is not None and time.monotonic() >= deadline:
+                unfinished = True
                 break
             note(f"glue: {cell.name}: {settings_text(cell)}")
             try:
                 line = run_cell(cell, options, deadline=deadline)
-            except UnfinishedError as error:
-                note(str(error))
+            except UnfinishedError:
+                unfinished = True
                 break
             except BertemdError as error:
-                sys.exit(f"glue: {cell.name}: {error}")
+                print(f"error: {cell.name}: {error}", file=sys.stderr)
+                unfinished = True
+                continue
             append(options.out, line)
             models = line["models"]
             shown = {
@@ -140,6 +154,7 @@ def fill(todo: list[Cell], options: argparse.Namespace) -> None:
             note(
                 f"glue: {cell.name}: " + json.dumps({name: shown[name] for name in ("torch", "int8") if name in shown})
             )
+    return 3 if unfinished else 0
 
 
 def minutes_until(deadline: float | None) -> float | None:
@@ -149,11 +164,14 @@ def minutes_until(deadline: float | None) -> float | None:
 
 def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None) -> dict[str, Any]:
     """Return the line of a cell, its teacher fine-tuned first if need be."""
+    import torch
     from glue_measure import measure
 
     from bertemd_deploy import pipeline, stages
     from bertemd_deploy.bench import environment
+    from bertemd_deploy.checkpoints import WEIGHTS
     from bertemd_deploy.facts import read_student
+    from bertemd_deploy.files import sha256_file
     from bertemd_deploy.stage_inputs import distill_inputs
 
     data = cell_data(cell, options.data / cell.folder)
@@ -161,29 +179,21 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
     max_length = recipe.data.max_length or data.task.max_length
     teacher = fine_tuned(cell, recipe, data, max_length, options, deadline=deadline)
     out = options.work / "students" / cell.name
-    with claimed(options.work / "locks" / "teacher-cache") as ours:  # runs one after the other may share it
-        trained = pipeline.stand_alone(
-            "distill",
-            out,
-            inputs=distill_inputs(recipe, teacher, {"data": data.sha256, "max_length": max_length}),
-            force=False,
-            train=lambda work, **extra: stages.distill_stage(
-                recipe,
-                teacher,
-                data,
-                max_length,
-                work,
-                max_minutes=minutes_until(deadline),
-                shared_cache=options.work / "teacher-cache" if ours else None,
-                **extra,
-            ),
-        )
+    trained = pipeline.stand_alone(
+        "distill",
+        out,
+        inputs=distill_inputs(recipe, teacher, {"data": data.sha256, "max_length": max_length}),
+        force=False,
+        train=lambda work, **extra: stages.distill_stage(
+            recipe, teacher, data, max_length, work, max_minutes=minutes_until(deadline), **extra
+        ),
+    )
     artifact: Path | None = None
     if not cell.held_out:  # settings are chosen by the student alone
         artifact = options.work / "artifacts" / f"{cell.grid}-{cell.task}-{cell.variant}-seed{cell.seed}"
         stages.export_stage(recipe, out, artifact, force=True)
     measured = measure(out, artifact, teacher)
-    if artifact is not None and cell.seed > 1:  # one of each is kept, to be timed
+    if artifact is not None and not cell.first:  # one of each is kept, to be timed
         shutil.rmtree(artifact)
     distillation = read_student(out).distillation
     device = environment.device()
@@ -193,10 +203,15 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
         **{name: getattr(cell, name) for name in kept},
         "held_out": cell.held_out,
         "recipe": cell.recipe.to_dict(),
-        "commit": commit(),
+        "commit": options.commit,
+        "sha256": {
+            "data": data.sha256,
+            "encoder": sha256_file(options.encoder / WEIGHTS),
+            "teacher": sha256_file(teacher / WEIGHTS),
+        },
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {name: device.get(name) for name in ("cpu", "isa", "cores", "threads")},
-        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "threads": torch.get_num_threads(),
         **{name: trained[name] for name in ("steps", "tokens", "seconds", "train_rows", "precision", "best_epoch")},
         "epochs": distillation["dev"],
         "flows": {name: distillation[name] for name in ("first", "last")}
@@ -223,7 +238,7 @@ def fine_tuned(
         pipeline.stand_alone(
             "finetune",
             out,
-            inputs=finetune_inputs(recipe, options.encoder, {"data": data.sha256, "max_length": max_length}),
+            inputs=finetune_inputs(cell.recipe, options.encoder, {"data": data.sha256, "max_length": max_length}),
             force=False,
             train=lambda work, **extra: stages.finetune_stage(
                 recipe, data, max_length, work, max_minutes=minutes_until(deadline), **extra
@@ -232,8 +247,10 @@ def fine_tuned(
     return out
 
 
-def commit() -> str:
-    """Return the commit at hand, with a plus sign where files differ from it."""
+def commit() -> str | None:
+    """Return the commit at hand, with a plus sign where files differ from it; None where there is none."""
+    if not (ROOT / ".git").exists():
+        return None
     known = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -250,9 +267,16 @@ def append(path: Path, line: dict[str, Any]) -> None:
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)  # what a killed process left of its line
+        content = file.read()
+        start = content.rfind(b"\n") + 1
+        last = content[start:].decode(errors="replace")
+        if last and is_whole(last):
+            file.write(b"\n")
+        elif last:
+            file.truncate(start)  # what a killed process left of its line
         file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ class Cell:
         variant: name of the mapping's settings, such as "emd".
         seed: of the student's training.
         recipe: how it is made, with the encoder's name for `teacher.model` and the task's for `data.path`.
+        first: whether its seed is the task's first.
         held_out: share of train that stands for dev, where settings are chosen; 0 trains on all and measures on dev.
     """
 
@@ -42,6 +44,7 @@ class Cell:
     seed: int
     recipe: Recipe
     held_out: float
+    first: bool = False
 
     @property
     def key(self) -> str:
@@ -51,8 +54,7 @@ class Cell:
     @property
     def teacher_key(self) -> str:
         """Return the hash of what the teacher depends on."""
-        content = self.recipe.to_dict()
-        return sha256_json({name: content[name] for name in ("teacher", "data")} | {"held_out": self.held_out})[:16]
+        return sha256_json(_given(self.recipe, ("teacher", "data")) | {"held_out": self.held_out})[:16]
 
     @property
     def name(self) -> str:
@@ -62,26 +64,48 @@ class Cell:
 
 def key_of(grid: str, variant: str, recipe: Recipe, *, held_out: float) -> str:
     """Return the hash of everything that a student depends on but its seed."""
+    given = _given(recipe, ("teacher", "data", "student", "distill", "export", "quantize"))
+    given["distill"].pop("seed", None)
+    return sha256_json({"grid": grid, "variant": variant, "recipe": given, "held_out": held_out})[:16]
+
+
+def _given(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Return what is set otherwise than by default, so that a setting added later changes nothing."""
     content = recipe.to_dict()
-    content["distill"].pop("seed")
-    return sha256_json({"grid": grid, "variant": variant, "recipe": content, "held_out": held_out})[:16]
+    plain = {name: dataclasses.asdict(type(getattr(recipe, name))()) for name in sections}
+    return {
+        name: {key: value for key, value in content[name].items() if value != plain[name][key]} for name in sections
+    }
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a results file, with the keys they have today; none where there is no file.
+    """Return the lines of a results file, with the recipes and keys they have today; none where there is no file.
 
     Settings that are newer than a line have their defaults; a line of settings that are gone keeps its key, which is no cell's.
+    What a killed process left of a line is not read.
     """
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        lines = [json.loads(text) for text in file if text.endswith("\n")]
+        lines = [json.loads(text) for text in file if is_whole(text)]
     for line in lines:
         with contextlib.suppress(RecipeError):
             recipe = build_recipe(line["recipe"], where=str(path))
+            line["recipe"] = recipe.to_dict()
             line["key"] = key_of(line["grid"], line["variant"], recipe, held_out=line["held_out"])
     return lines
+
+
+def is_whole(text: str) -> bool:
+    """Say whether a line was written to its end: it has its newline, or is complete JSON without one."""
+    if text.endswith("\n"):
+        return True
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def read_plan() -> dict[str, Any]:
@@ -100,13 +124,13 @@ def cells(plan: Mapping[str, Any], grid: str, *, tuning: bool) -> Iterator[Cell]
     """
     entry = plan["grids"][grid]
     if tuning:
-        tried = entry["tuning"]
+        tried = entry.get("tuning", {"seeds": [], "tasks": {}})
         for seed in tried["seeds"]:
             for task, settings in tried["tasks"].items():
                 for setting in settings:
                     yield _cell(entry, grid, task, setting, seed=seed, held_out=tried["held_out"])
         return
-    for seed in range(1, 1 + max(max(task["seeds"]) for task in entry["tasks"].values())):
+    for seed in sorted({seed for task in entry["tasks"].values() for seed in task["seeds"]}):
         for task, chosen in entry["tasks"].items():
             if seed in chosen["seeds"]:
                 for name, settings in chosen["variants"].items():
@@ -129,7 +153,7 @@ def _cell(
         "quantize": entry.get("quantize", {}),
     }
     recipe = build_recipe(content, where=f"{PLAN.name}: {grid}, {task}, {variant}")
-    return Cell(grid, task, own["folder"], variant, seed, recipe, held_out)
+    return Cell(grid, task, own["folder"], variant, seed, recipe, held_out, first=seed == min(own["seeds"]))
 
 
 def cell_data(cell: Cell, folder: Path) -> Dataset:

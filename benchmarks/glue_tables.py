@@ -193,7 +193,7 @@ def _chosen_on_dev(line: Line) -> bool:
     epochs = {recipe["distill"].get("keep_epoch")}
     if recipe["teacher"].get("finetune") != "never":
         epochs.add(recipe["teacher"].get("keep_epoch"))
-    return epochs != {"last"} or recipe["quantize"].get("max_drop", 0) < 1
+    return epochs != {"last"} or recipe["quantize"].get("max_drop", 1.0) < 100
 
 
 def _verdicts(grids: Sequence[Grid]) -> list[str]:

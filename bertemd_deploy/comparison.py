@@ -11,7 +11,6 @@ Its 95% interval is a paired bootstrap (see `resampling`). An interval that cove
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,7 +152,6 @@ def compare_mappings(
     given["distill"] = {key: value for key, value in given["distill"].items() if key not in ("mapping", "seed")}
     _claim(out, given=given, force=force)
     records: dict[tuple[str, int], dict[str, Any]] = {}
-    cache = out / "teacher-cache"
     for seed in seeds:
         for name in mappings:
             variant = variants[name, seed]
@@ -164,17 +162,9 @@ def compare_mappings(
                 inputs=distill_inputs(variant, teacher, shared),
                 force=force,
                 train=lambda work, variant=variant, **extra: stages.distill_stage(
-                    variant,
-                    teacher,
-                    data,
-                    max_length,
-                    work,
-                    max_minutes=_minutes_until(deadline),
-                    shared_cache=cache,
-                    **extra,
+                    variant, teacher, data, max_length, work, max_minutes=_minutes_until(deadline), **extra
                 ),
             )
-    shutil.rmtree(cache, ignore_errors=True)
     record = _compared(out, records, mappings=mappings, seeds=seeds) | {"given": given}
     write_text(out / TABLE, markdown_table(record))
     write_json(out / COMPARISON, record)

@@ -52,7 +52,6 @@ def distill(
     beside: Callable[[Path, dict[str, Any]], None] | None = None,
     max_minutes: float | None = None,
     language_model: Path | None = None,
-    shared_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Distil the teacher into a student and save it to `out`.
 
@@ -69,8 +68,6 @@ def distill(
         log: `distill.jsonl`: losses, flows, marginals, learning rate, tokens/s of every logging step.
         max_minutes: stop after so long, to be continued; None never stops.
         language_model: checkpoint whose masked-LM head writes augmented rows; None takes the teacher's.
-        shared_cache: folder of teacher caches that runs one after the other share, left there at the end; None keeps one
-            among the checkpoints, for this run alone. Where the settings allow no cache there is none.
 
     Returns:
         The record: metrics of teacher and student, layers, steps, best epoch.
@@ -134,9 +131,7 @@ def distill(
         keep_products_in_bfloat16(teacher)
     objective = Objective(teacher, trained, mapping, settings, kind=kind, bfloat16=bfloat16, processes=processes)
     objective.aware = aware
-    cached = _teacher_cache(
-        objective, train, max_length=max_length, settings=settings, own=checkpoints, shared=shared_cache
-    )
+    cached = _teacher_cache(objective, checkpoints / "teacher-cache", train, max_length=max_length, settings=settings)
     done = fit(
         trained,
         schedule=Schedule(
@@ -167,7 +162,7 @@ def distill(
         processes=processes,
     )
     if cached is not None:
-        cached.close(remove=processes.main and shared_cache is None)
+        cached.close(remove=processes.main)
     ranges = None if aware is None else aware.trained()
     if aware is not None:
         aware.release()
@@ -218,13 +213,7 @@ def distill(
 
 
 def _teacher_cache(
-    objective: Objective,
-    train: DataSlice,
-    *,
-    max_length: int,
-    settings: DistillSettings,
-    own: Path,
-    shared: Path | None,
+    objective: Objective, folder: Path, train: DataSlice, *, max_length: int, settings: DistillSettings
 ) -> CachedTeacher | None:
     """Put a cache before the objective's teacher, where the settings allow one any space."""
     if not settings.teacher_cache_bytes:
@@ -233,17 +222,16 @@ def _teacher_cache(
     share = math.ceil(settings.batch_size / objective.processes.size)
     split = settings.micro_batch_size is not None and settings.micro_batch_size < share
     calls = 2 if split and objective.weighs else 1
-    key = cache_key(
-        objective.teacher,
-        train.examples,
-        max_length=max_length,
-        precision="bfloat16" if objective.bfloat16 else "float32",
-        layers=objective.layers,
-    )
     cached = CachedTeacher(
         objective.teacher_tensors,
-        folder=own / "teacher-cache" if shared is None else shared / key[:16],
-        key=key,
+        folder=folder,
+        key=cache_key(
+            objective.teacher,
+            train.examples,
+            max_length=max_length,
+            precision="bfloat16" if objective.bfloat16 else "float32",
+            layers=objective.layers,
+        ),
         examples=train.examples,
         budget=settings.teacher_cache_bytes,
         passes=lambda: calls * (settings.epochs - objective.number // steps),

@@ -96,7 +96,9 @@ class Objective:
         self.teacher = teacher
         self.rows = mapping.rows if self.layers else []
         self.relative = settings.cost_scale == "relative"
-        self.weighs = mapping.solves or self.relative  # whether a step's weights depend on the costs of the whole batch
+        self.weighs = self.layers and (
+            mapping.solves or self.relative
+        )  # whether a step's weights depend on the costs of the whole batch
         self.read_teacher = LayerReader(teacher) if self.layers else None
         self.read_student = LayerReader(trained.student) if self.layers else None
         self.device = next(trained.parameters()).device
@@ -110,7 +112,7 @@ class Objective:
         if self.aware is not None:
             self.aware.begin(batch.number)
         flows = None
-        if self.layers and self.weighs and batch.split:
+        if self.weighs and batch.split:
             flows = self._flows(
                 sum((self._costs_only(part, seed, batch) for part, seed in _seeded(batch)), self._zero())
             )

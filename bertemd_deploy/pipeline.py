@@ -42,7 +42,7 @@ from bertemd_deploy.stages import Work, distill_stage, export_record, export_sta
 
 STATE = "state.json"
 STAGE = "stage.json"
-MEASURED = "bench/measured.json"  # what a bench that failed at one place found at the others
+MEASURED = "bench/measured.json"  # the places that a bench has measured while it is not finished
 STAGES = ("finetune", "distill", "export", "bench", "report")
 
 
@@ -206,6 +206,8 @@ class _Run:
         for name in STAGES[at:]:
             self.state["stages"].pop(name, None)
             shutil.rmtree(self.out / "checkpoints" / name, ignore_errors=True)
+        if "bench" in STAGES[at:]:
+            (self.out / MEASURED).unlink(missing_ok=True)
 
     def _stage(
         self, name: str, inputs: dict[str, Any], product: Path, work: Callable[[], dict[str, Any]]
@@ -242,15 +244,15 @@ class _Run:
         note(f"{name}: done in {seconds:.0f} s")
         return record
 
-    def _measured(self, inputs: Mapping[str, Any]) -> set[str]:
-        """Return the places that a bench with these inputs measured before another of its places failed."""
-        if self.state["stages"].get("bench", {}).get("status") != "failed" or not (self.out / MEASURED).is_file():
-            return set()
+    def _measured(self, here: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """Return the records, by place, of an unfinished bench of the same inputs, machine and software."""
+        if not (self.out / MEASURED).is_file():
+            return {}
         before = read_json(self.out / MEASURED, what="list of measured places")
-        if not is_same(before.get("inputs"), inputs):
-            return set()
+        if {name: before.get(name) for name in here} != here or not isinstance(before.get("places"), dict):
+            return {}
         return {
-            name
+            name: made
             for name, made in before["places"].items()
             if (self.out / made["record"]).is_file() and sha256_file(self.out / made["record"]) == made["sha256"]
         }
@@ -296,6 +298,7 @@ class _Run:
 
     def _after_training(self, teacher: Path, student: Path, *, stop_after: str | None) -> dict[str, Any]:
         from bertemd_deploy.artifact import MANIFEST, Artifact
+        from bertemd_deploy.bench import environment
         from bertemd_deploy.bench.places import bench_places, judge_again
         from bertemd_deploy.budget import read_budget
         from bertemd_deploy.handout import CARD, add_measured
@@ -321,25 +324,29 @@ class _Run:
             "bench": bench_inputs(recipe),
         }
 
-        reuse = self._measured(inputs)
+        here = {
+            "inputs": sha256_json(inputs),
+            "device": environment.device()["name"],
+            "versions": environment.versions(),
+        }
+        places = self._measured(here)
+
+        def keep(name: str, path: Path) -> None:
+            places[name] = {"record": path.relative_to(out).as_posix(), "sha256": sha256_file(path)}
+            write_json(out / MEASURED, here | {"places": places})
 
         def measure() -> dict[str, Any]:
             found = bench_places(
-                artifact, teacher=teacher, out=out / "bench", settings=recipe.bench, force=True, reuse=reuse
-            )
-            kept = {name: path for name, path in found.records.items() if name not in found.failures}
-            write_json(
-                out / MEASURED,
-                {
-                    "inputs": sha256_json(inputs),
-                    "places": {
-                        name: {"record": path.relative_to(out).as_posix(), "sha256": sha256_file(path)}
-                        for name, path in kept.items()
-                    },
-                },
+                artifact,
+                teacher=teacher,
+                out=out / "bench",
+                settings=recipe.bench,
+                force=True,
+                reuse=places,
+                done=keep,
             )
             found.check()
-            (out / MEASURED).unlink()
+            (out / MEASURED).unlink(missing_ok=True)
             return {
                 "record": "bench/record.json",
                 "records": [path.relative_to(out).as_posix() for path in found.paths],

@@ -78,6 +78,9 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
     )
     unused = _MEMORY + (_AUGMENTATION if settings.augmentation == "none" else ())
     unused += () if settings.quant_aware else _QUANT_AWARE
+    unused += () if settings.mapping == "emd" else ("marginal_momentum",)
+    unused += () if settings.mapping in ("emd", "emd-fixed") else ("transported_mass",)
+    unused += ("cost_scale",) if settings.mapping == "none" else ()
     inputs = dict(shared) | {
         "teacher": sha256_file(teacher / WEIGHTS),
         "model_files": _model_files(teacher),

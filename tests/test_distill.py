@@ -38,7 +38,6 @@ def train(
     *,
     task: str | None = None,
     student: StudentSettings = SMALL,
-    shared_cache: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     plain = {"epochs": 2, "batch_size": 8, "learning_rate": 2e-3, "beta": 0.05, "logging_steps": 2}
@@ -52,7 +51,6 @@ def train(
         checkpoints=out.with_name(f"{out.name}-checkpoints"),
         log=out.with_name(f"{out.name}.jsonl"),
         teacher_name="the-teacher",
-        shared_cache=shared_cache,
     )
 
 
@@ -105,31 +103,6 @@ def test_the_last_epoch_is_kept_where_that_is_asked_for(tiny_task: Task, tmp_pat
         assert record["metrics"]["student"]["accuracy"] == dev[keep][record["best_epoch"] - 1]
     assert dev["best"] == dev["last"]
     assert np.argmax(dev["best"]) < 5
-
-
-def test_students_share_one_teacher_cache(
-    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from bertemd_deploy import teacher_cache
-
-    monkeypatch.setattr(teacher_cache, "decide", lambda **_: teacher_cache.Decision(True, "used: as told"))
-    teacher, data = tiny_task()
-    shared = tmp_path / "cache"
-    for name, mapping in (("one", "emd"), ("two", "uniform"), ("three", "none")):
-        train(
-            teacher,
-            data,
-            tmp_path / name,
-            mapping=mapping,
-            teacher_cache_bytes=10**9,
-            batch_size=4,
-            shared_cache=shared,
-        )
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("teacher cache: used")]
-    assert told[0] == told[2] == "teacher cache: used: as told"  # of the layers, and of the outputs alone
-    assert told[1].startswith("teacher cache: used: continuing with 48 of 48 rows in ")
-    assert len(list(shared.iterdir())) == 2
-    assert not list(tmp_path.glob("*-checkpoints/teacher-cache*"))
 
 
 def test_marginals_move_with_emd_alone(tiny_task: Task, tmp_path: Path) -> None:

@@ -111,12 +111,18 @@ def test_relative_costs_are_over_the_teacher_layers_mean_squares(monkeypatch: py
         plain, "_flows", lambda costs: (given.append(costs.detach()), dict.fromkeys(SIDES, costs[0] * 0))[1]
     )
     one_step(plain, batch)
+    solved: list[Any] = []
+    theirs = objective.mapping.step
+    monkeypatch.setattr(objective.mapping, "step", lambda costs=None: (solved.append(costs), theirs(costs))[1])
     outcome, gradients = one_step(objective, batch)
     for at, side in enumerate(SIDES):
         relative = given[0][at].double() / torch.stack(squares[side])[objective.rows][:, None].double()
         flow = objective.mapping.flows[side][objective.rows]
         torch.testing.assert_close(outcome.parts[side].double(), (relative * flow).sum(), rtol=1e-4, atol=1e-6)
+        if mapping == "emd":  # the flow is solved on them
+            torch.testing.assert_close(solved[0][at].double(), relative, rtol=1e-4, atol=1e-6)
     assert gradients
+    assert len(solved) == 1
 
 
 def test_uneven_parts_weigh_by_their_units() -> None:

@@ -426,15 +426,19 @@ def test_a_place_that_failed_is_measured_again_and_no_other(
     teacher, data = tiny_task()
     reused: list[set[str]] = []
     failing = {"raspberry-pi-5": MeasurementError("it went away.")}
+    dies: list[bool] = []
 
-    def measure(_artifact: Path, *, out: Path, reuse: set[str], settings: Any, **_: Any) -> Benched:
-        reused.append(reuse)
+    def measure(_artifact: Path, *, out: Path, reuse: Any, done: Any, settings: Any, **_: Any) -> Benched:
+        reused.append(set(reuse))
         made = {}
         for name in settings.devices:
             if name not in failing:
                 made[name] = out / name / "record.json"
                 made[name].parent.mkdir(parents=True, exist_ok=True)
                 made[name].write_text(json.dumps({"schema_version": 1, "device": {"name": name}}))
+                done(name, made[name])
+            elif dies:
+                raise KeyboardInterrupt
         return Benched(made, {name: error for name, error in failing.items() if name in settings.devices})
 
     real = "bertemd_deploy.bench.places.bench_places"
@@ -445,7 +449,14 @@ def test_a_place_that_failed_is_measured_again_and_no_other(
     for _ in range(2):
         with pytest.raises(MeasurementError, match="it went away"):
             pipeline.run(settings, out=out, stop_after="bench")
-    assert reused == [set(), {"local", "raspberry-pi-4"}]
+    dies.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(settings, out=out, stop_after="bench")
+    dies.clear()
+    with pytest.raises(MeasurementError):
+        pipeline.run(settings, out=out, stop_after="bench")
+    assert reused == [set(), *3 * [{"local", "raspberry-pi-4"}]]
+    reused[2:] = []
     (out / "bench/local/record.json").write_text("{}")  # not what was measured
     other = recipe(teacher, data, quantize={"mode": "none"}, bench={"devices": devices, "rounds": 3})
     with pytest.raises(MeasurementError):

@@ -50,6 +50,41 @@ def recipe(model: Path, **changes: dict[str, Any]) -> Recipe:
     return build_recipe(content, where="test")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"distill": {"keep_epoch": "last"}},
+        {"distill": {"marginal_momentum": 0.5}},
+        {"distill": {"transported_mass": 0.5}},
+        {"distill": {"cost_scale": "relative"}},
+    ],
+)
+def test_later_settings_are_inputs_where_they_do_something(teacher: Path, change: dict[str, Any]) -> None:
+    plain = distill_inputs(recipe(teacher), teacher, SHARED)
+    assert not is_same(sha256_json(plain), distill_inputs(recipe(teacher, **change), teacher, SHARED))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "name", "value"),
+    [
+        ("uniform", "marginal_momentum", 0.5),
+        ("emd-fixed", "marginal_momentum", 0.5),
+        ("uniform", "transported_mass", 0.5),
+        ("none", "cost_scale", "relative"),
+    ],
+)
+def test_later_settings_are_no_inputs_where_they_do_nothing(teacher: Path, mapping: str, name: str, value: Any) -> None:
+    plain = distill_inputs(recipe(teacher, distill={"mapping": mapping}), teacher, SHARED)
+    with_it = recipe(teacher, distill={"mapping": mapping, name: value})
+    assert distill_inputs(with_it, teacher, SHARED) == plain
+
+
+def test_the_epoch_that_is_kept_is_an_input_of_the_teacher(teacher: Path) -> None:
+    plain = finetune_inputs(recipe(teacher), teacher, SHARED)
+    last = finetune_inputs(recipe(teacher, teacher={"keep_epoch": "last"}), teacher, SHARED)
+    assert not is_same(sha256_json(plain), last)
+
+
 @pytest.fixture
 def teacher(tiny_bert: Callable[..., Path]) -> Path:
     return tiny_bert("teacher")

@@ -134,6 +134,7 @@ def bench_places(
     baseline: Path | None = None,
     force: bool = False,
     reuse: Collection[str] = (),
+    done: Callable[[str, Path], object] = lambda name, path: None,
 ) -> Benched:
     """Get the numbers of every place in `settings.devices`, and write a record for each.
 
@@ -149,6 +150,7 @@ def bench_places(
         baseline: an earlier record, of one of the places.
         force: write into `out` even if it holds something else, or records of another kind.
         reuse: names of `settings.devices` whose record in `out` is taken as it is.
+        done: called with a place's name and its record once that is there and nothing failed.
 
     Raises:
         RecipeError: a place or limit that cannot be, found before anything is measured.
@@ -186,6 +188,8 @@ def bench_places(
                 record |= {"budget": budget_entry(record, limit)} if limit else {}
                 write_json(made / RECORD, record)
                 _place_files(made, folder)
+                if place.name not in failures:
+                    done(place.name, folder / RECORD)
                 found[place.name] = (folder / RECORD, record)
     records = [record for _, record in found.values()]
     if earlier is not None and records:

@@ -192,6 +192,21 @@ def test_what_was_measured_already_is_taken_as_it_is(stand: Stand, tmp_path: Pat
     assert ["mark" in json.loads(path.read_text()) for path in found] == [True, False]
 
 
+def test_what_is_done_is_told_at_once(stand: Stand, tmp_path: Path) -> None:
+    stand.failing |= {"local": NoisyError("noisy."), "laptop-x86": MeasurementError("died.")}
+    told: list[tuple[str, Path]] = []
+    settings = BenchSettings(devices=("local", "laptop-x86", "raspberry-pi-5"))
+    with pytest.raises(MeasurementError):
+        bench_places(
+            tmp_path,
+            teacher=None,
+            out=tmp_path / "out",
+            settings=settings,
+            done=lambda name, path: told.append((name, path)),
+        )
+    assert told == [("raspberry-pi-5", tmp_path / "out/raspberry-pi-5/record.json")]
+
+
 def test_a_noisy_measurement_is_kept_and_judged(stand: Stand, tmp_path: Path) -> None:
     stand.failing["local"] = NoisyError("bench: the measurement is noisy.")
     with pytest.raises(NoisyError):
