@@ -34,6 +34,7 @@ Matrix = NDArray[np.float64]
 RESAMPLES = 2000
 SEED = 20201116  # any fixed number: the same lines give the same interval
 FIXED = ("uniform", "skip")  # mappings of one teacher layer to each student layer, chosen beforehand
+LEAST_PAIRS = 2  # seeds of a task, for a verdict on a difference: one seed says nothing of how seeds differ
 ROWS = {"accuracy": "right", "agreement": "agrees", "kl": "kls"}  # what holds a statistic's values by dev row
 
 

@@ -13,6 +13,7 @@ from glue_plan import Cell, cells, read_lines, read_plan
 from glue_stats import (
     BARS,
     FIXED,
+    LEAST_PAIRS,
     RESAMPLES,
     Bar,
     Estimate,
@@ -183,8 +184,8 @@ def _method(grids: Sequence[Grid]) -> list[str]:
         "  teacher's probabilities of the labels, q the student's.",
         "- Differences are of pairs: students of one task, teacher and seed. Brackets are 95% intervals of a bootstrap that",
         f"  draws dev rows and seeds anew, the same ones for both sides ({RESAMPLES:,} draws). What another teacher would have",
-        "  changed is not in them, and with few seeds they are rather too small. Of many intervals about one in twenty",
-        "  excludes 0 by chance alone.",
+        "  changed is not in them. With one seed they say nothing of how seeds differ; with a few they are wide where seeds",
+        "  differ little, and narrow where they differ much.",
     ]
 
 
@@ -268,6 +269,8 @@ def _ahead(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
     found = pooled_kl_ratio(sides) if ratio else pooled_difference(sides, bar.of)
     if found is None or found.tasks < len(sides):
         return None, f"{subject}; {found.tasks if found else 0} of {len(sides)} tasks have pairs"
+    if found.pairs < LEAST_PAIRS * len(sides):
+        return None, f"{subject}; fewer than {LEAST_PAIRS} seeds of each task"
     shown = _ratio(found) if ratio else _signed(found, bar.of)
     planned = sum(grid.seeds(task, "emd") for task in bar.tasks or grid.tasks)
     return 1 - found.high if ratio else found.low, f"{subject}; it is {shown} ({found.pairs} of {planned} pairs)"

@@ -316,13 +316,15 @@ class _Run:
         best = done.epochs[done.best_epoch - 1][metric] if done.best_epoch else -math.inf
         if len(done.epochs) >= self.schedule.best_from and metrics[metric] > best:
             done.best_epoch = len(done.epochs)
+        best_counts = self.schedule.best_from < self.schedule.epochs or self.schedule.epochs == 1
         if self.processes.main:
             if done.best_epoch == len(done.epochs):
                 save_best(self.checkpoints, self.model, epoch=done.best_epoch)
             line = {"step": done.step, "epoch": len(done.epochs), "dev": metrics, "best_epoch": done.best_epoch}
             append_log(self.log, line)
         shown = " ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-        note(f"epoch {len(done.epochs)}: dev {shown}{' (best so far)' if done.best_epoch == len(done.epochs) else ''}")
+        kept = "" if done.best_epoch != len(done.epochs) else " (best so far)" if best_counts else " (kept)"
+        note(f"epoch {len(done.epochs)}: dev {shown}{kept}")
 
     def save(self) -> None:
         if self.processes.main:

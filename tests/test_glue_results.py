@@ -328,6 +328,8 @@ def test_bars_without_numbers(lines) -> None:
     word, said = found["minilm-4l", "ahead", "kl", "uniform"]
     assert word == "not measured yet"
     assert said.endswith("1 of 2 tasks have pairs")
+    word, said = verdicts([one for one in lines if one["seed"] == 1])["minilm-4l", "ahead", "kl", "uniform"]
+    assert (word, said.endswith("fewer than 2 seeds of each task")) == ("not measured yet", True)
     assert {word for (grid, *_), (word, _) in found.items() if grid == "mpnet-6l"} == {"not measured yet"}
 
 
