@@ -221,7 +221,7 @@ def _teacher_cache(
     steps = math.ceil(len(train) / settings.batch_size)
     share = math.ceil(settings.batch_size / objective.processes.size)
     split = settings.micro_batch_size is not None and settings.micro_batch_size < share
-    calls = 2 if split and objective.weighs else 1
+    calls = 2 if split and objective.needs_batch_costs else 1
     cached = CachedTeacher(
         objective.teacher_tensors,
         folder=folder,

@@ -96,9 +96,7 @@ class Objective:
         self.teacher = teacher
         self.rows = mapping.rows if self.layers else []
         self.relative = settings.cost_scale == "relative"
-        self.weighs = self.layers and (
-            mapping.solves or self.relative
-        )  # whether a step's weights depend on the costs of the whole batch
+        self.needs_batch_costs = self.layers and (mapping.solves or self.relative)
         self.read_teacher = LayerReader(teacher) if self.layers else None
         self.read_student = LayerReader(trained.student) if self.layers else None
         self.device = next(trained.parameters()).device
@@ -112,7 +110,7 @@ class Objective:
         if self.aware is not None:
             self.aware.begin(batch.number)
         flows = None
-        if self.weighs and batch.split:
+        if self.needs_batch_costs and batch.split:
             flows = self._flows(
                 sum((self._costs_only(part, seed, batch) for part, seed in _seeded(batch)), self._zero())
             )
@@ -195,7 +193,7 @@ class Objective:
 
         They are the flows; where costs are relative, sum_ij F_ij C_ij / S_i, the flows over the teacher layers' mean squares.
         """
-        if not self.weighs:
+        if not self.needs_batch_costs:
             return self._chosen(self.mapping.step())
         # A copy is summed: the part's own costs are still to be weighed.
         costs = self.processes.sum(costs.detach().clone())

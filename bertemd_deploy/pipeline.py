@@ -254,7 +254,10 @@ class _Run:
         return {
             name: made
             for name, made in before["places"].items()
-            if (self.out / made["record"]).is_file() and sha256_file(self.out / made["record"]) == made["sha256"]
+            if isinstance(made, dict)
+            and made.keys() == {"record", "sha256"}
+            and (self.out / made["record"]).is_file()
+            and sha256_file(self.out / made["record"]) == made["sha256"]
         }
 
     def all(self, *, stop_after: str | None) -> dict[str, Any]:

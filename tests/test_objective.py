@@ -106,7 +106,7 @@ def test_relative_costs_are_over_the_teacher_layers_mean_squares(monkeypatch: py
     given: list[Tensor] = []
     step = plain.mapping.step
     monkeypatch.setattr(plain.mapping, "step", lambda costs=None: (given.append(costs), step(costs))[1])
-    plain.weighs = True
+    plain.needs_batch_costs = True
     monkeypatch.setattr(
         plain, "_flows", lambda costs: (given.append(costs.detach()), dict.fromkeys(SIDES, costs[0] * 0))[1]
     )
