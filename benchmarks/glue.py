@@ -190,7 +190,7 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
     )
     artifact: Path | None = None
     if not cell.held_out:  # settings are chosen by the student alone
-        artifact = options.work / "artifacts" / f"{cell.grid}-{cell.task}-{cell.variant}-seed{cell.seed}"
+        artifact = cell.artifact_folder(options.work)
         stages.export_stage(recipe, out, artifact, force=True)
     measured = measure(out, artifact, teacher)
     if artifact is not None and not cell.first:  # one of each is kept, to be timed
@@ -230,7 +230,7 @@ def fine_tuned(
     if recipe.teacher.finetune == "never":
         encoder: Path = options.encoder
         return encoder
-    out: Path = options.work / "teachers" / f"{cell.recipe.teacher.model}-{cell.task}-{cell.teacher_key[:6]}"
+    out = cell.teacher_folder(options.work)
     lock = options.work / "locks" / out.name
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:

@@ -62,6 +62,15 @@ class Cell:
         return f"{self.grid}-{self.task}-{self.variant}-{self.key[:6]}-seed{self.seed}"
 
 
+    def teacher_folder(self, work: Path) -> Path:
+        """Return where its fine-tuned teacher is kept, one for all cells that share it."""
+        return work / "teachers" / f"{self.recipe.teacher.model}-{self.task}-{self.teacher_key[:6]}"
+
+    def artifact_folder(self, work: Path) -> Path:
+        """Return where it is exported to; what belongs to a task's first seed stays there, to be timed."""
+        return work / "artifacts" / f"{self.grid}-{self.task}-{self.variant}-seed{self.seed}"
+
+
 def key_of(grid: str, variant: str, recipe: Recipe, *, held_out: float) -> str:
     """Return the hash of everything that a student depends on but its seed."""
     given = _given(recipe, ("teacher", "data", "student", "distill", "export", "quantize"))

@@ -1,8 +1,7 @@
 """What the lines of `glue.py` state together: means over seeds, paired differences and ratios with intervals, McNemar counts.
 
-A line is a finished student as `glue.run_cell` returns it, a `Grid` the lines of one grid beside its plan; `BARS` is what was
-asked of them. Lines in, numbers out; no files. Pairs are students of one task and seed, of two variants, with one
-teacher. Over S paired seeds and n dev rows, with x of one variant and y of the other,
+A line is a finished student as `glue.run_cell` returns it, a `Grid` the lines of one grid beside its plan. Lines in, numbers out;
+no files. Pairs are students of one task and seed, of two variants, with one teacher. Over S paired seeds and n dev rows, with x of one variant and y of the other,
 
     difference            mean_sr(x_sr) - mean_sr(y_sr)
     pooled difference     the mean of the tasks' differences
@@ -64,47 +63,6 @@ class Counts:
     lost: int
     gained: int
     p: float
-
-
-@dataclass(frozen=True)
-class Bar:
-    """What was asked of a grid before it was run.
-
-    Attributes:
-        grid: name of the grid.
-        tasks: the tasks it holds for; empty for all of the grid together.
-        what: "kept", the int8 student of mapping emd in percent of its teacher; "mean", emd less the best of `FIXED` on the
-            mean over tasks of each task's first metric; or "ahead", the difference of emd to another mapping (for "kl" the
-            fall of the ratio below 1), of which the whole interval has to be above `least`.
-        of: metric for "kept" and "mean" ("first": each task's), statistic for "ahead".
-        least: the bar.
-        against: the other mapping, for "ahead".
-    """
-
-    grid: str
-    tasks: tuple[str, ...]
-    what: str
-    of: str
-    least: float
-    against: str = ""
-
-
-def _of_mappings(grid: str) -> tuple[Bar, ...]:
-    ahead = (Bar(grid, (), "ahead", of, 0.0, against) for against in ("none", "uniform") for of in ROWS)
-    return (Bar(grid, (), "mean", "first", 0.0), *ahead)
-
-
-BARS = (
-    Bar("minilm-4l", ("sst2",), "kept", "accuracy", 97.0),
-    Bar("minilm-4l", ("mrpc",), "kept", "accuracy", 97.0),
-    Bar("minilm-4l", ("mrpc",), "kept", "f1", 97.0),
-    *_of_mappings("minilm-4l"),
-    Bar("mpnet-6l", ("mrpc",), "kept", "accuracy", 95.0),
-    Bar("mpnet-6l", ("mrpc",), "kept", "f1", 95.0),
-    Bar("mpnet-6l", ("rte",), "kept", "accuracy", 95.0),
-    Bar("mpnet-6l", ("cola",), "kept", "matthews", 90.0),
-    *_of_mappings("mpnet-6l"),
-)
 
 
 @dataclass(frozen=True)
@@ -190,7 +148,7 @@ def row_values(line: Line, statistic: str, *, model: str = "torch") -> Matrix:
 
 
 def paired_lines(ours: Lines, theirs: Lines) -> list[tuple[Line, Line]]:
-    """Return the lines of either side that have their seed and their teacher's answers in common, in the order of seeds.
+    """Return the lines of either side that have their seed and their teacher's weights in common, in the order of seeds.
 
     Raises:
         ValueError: they are not of one grid and task.
@@ -199,7 +157,7 @@ def paired_lines(ours: Lines, theirs: Lines) -> list[tuple[Line, Line]]:
         raise ValueError("pairs are of one grid and task")
     left, right = ({line["seed"]: line for line in side} for side in (ours, theirs))
     pairs = [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
-    return [pair for pair in pairs if pair[0]["teacher"]["right"] == pair[1]["teacher"]["right"]]
+    return [pair for pair in pairs if pair[0]["sha256"]["teacher"] == pair[1]["sha256"]["teacher"]]
 
 
 def _values(sides: Sides, statistic: str, *, model: str) -> Matrix | None:

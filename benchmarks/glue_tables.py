@@ -10,18 +10,13 @@ from typing import Any
 
 from glue_figures import Picture, draw_flows, picture_rows
 from glue_plan import Cell, cells, read_lines, read_plan
+from glue_bars import NEEDS, verdict_lines
 from glue_stats import (
-    BARS,
-    FIXED,
-    LEAST_PAIRS,
     RESAMPLES,
-    Bar,
-    Estimate,
     Grid,
     Line,
     Lines,
     difference,
-    mean_over_tasks,
     mean_sd,
     metric_names,
     pooled_difference,
@@ -31,16 +26,15 @@ from glue_stats import (
     retention,
     same_origin,
 )
+from glue_words import NOT_MEASURED, NOT_RUN, listed, ratio_text, signed, spread, table
 
 from bertemd_deploy.files import write_text
 from bertemd_deploy.settings import DistillSettings
 
 HERE = Path(__file__).resolve().parent
 BASE = "uniform"  # what every other mapping is set against
+LENGTHS = "replay"  # of the dev rows, in what glue_latency.py measures
 DRAWN = ("emd-fixed", "emd")  # variants whose flows are shown
-NOT_RUN, NOT_MEASURED = "not run yet", "not measured"
-TIE = 1e-9  # what rounding may take from a value that equals its bar
-NEEDS = {"accuracy": "accuracy", "agreement": "agreement", "kl": "KL"}
 
 
 def write_results(
@@ -55,7 +49,7 @@ def write_results(
     Args:
         lines_path: lines of finished students.
         tuning_path: lines of the settings that were tried.
-        latency_path: times of the deployed models by grid and task, see `latency_rows`; may be absent.
+        latency_path: times of the deployed models by grid and task, as glue_latency.py writes them; may be absent.
         out: the page.
         figures: folder of the flows' maps.
     """
@@ -64,7 +58,7 @@ def write_results(
     latency = json.loads(latency_path.read_text(encoding="utf-8"))["grids"] if latency_path.exists() else {}
     names = dict.fromkeys([*plan["grids"], *(line["grid"] for line in (*lines, *tuning))])
     grids = [read_grid(name, plan, [line for line in lines if line["grid"] == name]) for name in names]
-    text = [*_intro(grids, plan), *_verdicts(grids)]
+    text = [*_intro(grids, plan), *verdict_lines(grids)]
     for grid in grids:
         text += ["", f"## Grid {grid.name}", "", *_grid(grid, latency.get(grid.name, {}), figures=figures, out=out)]
         text += [
@@ -75,46 +69,6 @@ def write_results(
         ]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "\n".join(text) + "\n")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a Markdown table.
-
-    Raises:
-        ValueError: a row has another number of cells than the head.
-    """
-    filled = [[cell.replace("|", "/") for cell in row] for row in rows]
-    if any(len(row) != len(head) for row in filled):
-        raise ValueError(f"every row has {len(head)} cells")
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *filled)]
-
-
-def _spread(lines: Lines, name: str) -> str:
-    found = mean_sd(lines, name)
-    if found is None:
-        return NOT_RUN
-    mean, sd = found
-    digits = _digits(name)
-    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
-
-
-def _signed(found: Estimate | None, name: str) -> str:
-    if found is None:
-        return "no pair yet"
-    value, low, high = (f"{one:+.{_digits(name)}f}" for one in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]"
-
-
-def _digits(name: str) -> int:
-    return 5 if name == "kl" else 4  # a good student's divergence is a few thousandths
-
-
-def _ratio(found: Estimate | None) -> str:
-    return "no pair yet" if found is None else f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
@@ -133,15 +87,15 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
         total = sum(grid.seeds(task, variant) for task in grid.tasks for variant in grid.variants)
         entry = plan["grids"].get(grid.name)
         made = f"encoder {entry['encoder']}, student {entry['student']['name']}, " if entry else ""
-        yield f"- `{grid.name}`: {made}tasks {_listed(grid.tasks)}; {len(lines)} of {total} planned students are finished."
+        yield f"- `{grid.name}`: {made}tasks {listed(grid.tasks)}; {len(lines)} of {total} planned students are finished."
         if lines:
             machines = sorted({f"{line['machine']['cpu']}, {line['machine']['cores']} cores" for line in lines})
             hours = sum(float(line["seconds"]) for line in lines) / 3600
-            yield f"  Trained on {_listed(machines)}, {hours:.1f} hours in all; commit {_listed(_of(lines, 'commit'))}."
+            yield f"  Trained on {listed(machines)}, {hours:.1f} hours in all; commit {listed(_of(lines, 'commit'))}."
         if grid.left_out:
             yield f"  Left out: {grid.left_out} older line(s) of other settings, another teacher or other data."
         if changed := _changed(grid):
-            yield f"  Settings that are no longer those of `glue.yaml`: {_listed(changed)}."
+            yield f"  Settings that are no longer those of `glue.yaml`: {listed(changed)}."
     yield from [
         "",
         "To repeat it, with GLUE a folder of the tasks' folders and FOLDER the pretrained encoder:",
@@ -197,85 +151,6 @@ def _chosen_on_dev(line: Line) -> bool:
     return epochs != {"last"} or recipe["quantize"].get("max_drop", 1.0) < 100
 
 
-def _verdicts(grids: Sequence[Grid]) -> list[str]:
-    found = [verdict(bar, {grid.name: grid for grid in grids}) for bar in BARS]
-    counts = [sum(word == said for word, _ in found) for said in ("met", "missed", "not measured yet")]
-    return [
-        "",
-        "## Verdict",
-        "",
-        f"Bars: {len(found)}; met: {counts[0]}; missed: {counts[1]}; not measured yet: {counts[2]}.",
-        "Where fewer seeds than planned are finished, a verdict holds for those alone and may change.",
-        "",
-        *(f"- {words}: **{word}**." for word, words in found),
-    ]
-
-
-def verdict(bar: Bar, grids: Mapping[str, Grid]) -> tuple[str, str]:
-    """Return "met", "missed" or "not measured yet", and the number and the bar in words."""
-    grid = grids.get(bar.grid)
-    value, words = {"kept": _kept, "mean": _mean, "ahead": _ahead}[bar.what](bar, grid)
-    if value is None:
-        return "not measured yet", words
-    good = value > bar.least if bar.what == "ahead" else value >= bar.least - TIE
-    return "met" if good else "missed", words
-
-
-def _kept(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
-    (task,) = bar.tasks
-    lines = grid.lines(task, "emd") if grid else ()
-    value = retention(lines, bar.of)
-    subject = (
-        f"`{bar.grid}`, {task}: the int8 student of `emd` is to keep at least {bar.least:g}% of its teacher's {bar.of}"
-    )
-    if value is None or grid is None:
-        return None, subject
-    return value, f"{subject}; it keeps {value:.2f}% ({len(lines)} of {grid.seeds(task, 'emd')} seeds)"
-
-
-def _mean(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
-    subject = (
-        f"`{bar.grid}`: on the mean over tasks of their first metrics `emd` is to be at least as good as "
-        f"each of {_listed([f'`{name}`' for name in FIXED])}"
-    )
-    if grid is None or not grid.tasks:
-        return None, subject
-    names = ("emd", *FIXED)
-    shared = {
-        task: set.intersection(*({line["seed"] for line in grid.lines(task, name)} for name in names))
-        for task in grid.tasks
-    }
-    if missing := [task for task, seeds in shared.items() if not seeds]:
-        return None, f"{subject}; without a seed of all of them so far: {_listed(missing)}"
-    first = {task: metric_names(grid.of_task(task))[0] for task in grid.tasks}
-    means = {
-        name: mean_over_tasks({task: grid.lines(task, name) for task in grid.tasks}, first, shared) for name in names
-    }
-    best = max(FIXED, key=means.__getitem__)
-    count, planned = sum(map(len, shared.values())), sum(grid.seeds(task, "emd") for task in grid.tasks)
-    return means["emd"] - means[best], (
-        f"{subject}; it reaches {means['emd']:.4f}, the best of them, `{best}`, {means[best]:.4f} "
-        f"({count} of {planned} seeds over {_listed(grid.tasks)})"
-    )
-
-
-def _ahead(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
-    ratio = bar.of == "kl"
-    asked = "the interval of the ratio is to lie below 1" if ratio else "the interval is to lie above 0"
-    subject = f"`{bar.grid}`: `emd` against `{bar.against}` in {NEEDS[bar.of]}, pooled over tasks, {asked}"
-    if grid is None or not grid.tasks:
-        return None, subject
-    sides = grid.sides("emd", bar.against, bar.tasks)
-    found = pooled_kl_ratio(sides) if ratio else pooled_difference(sides, bar.of)
-    if found is None or found.tasks < len(sides):
-        return None, f"{subject}; {found.tasks if found else 0} of {len(sides)} tasks have pairs"
-    if found.pairs < LEAST_PAIRS * len(sides):
-        return None, f"{subject}; fewer than {LEAST_PAIRS} seeds of each task"
-    shown = _ratio(found) if ratio else _signed(found, bar.of)
-    planned = sum(grid.seeds(task, "emd") for task in bar.tasks or grid.tasks)
-    return 1 - found.high if ratio else found.low, f"{subject}; it is {shown} ({found.pairs} of {planned} pairs)"
-
-
 def _grid(grid: Grid, latency: Mapping[str, Any], *, figures: Path, out: Path) -> Iterator[str]:
     if not grid.found:
         yield "No student of this grid is finished: its tables are left out."
@@ -287,7 +162,7 @@ def _grid(grid: Grid, latency: Mapping[str, Any], *, figures: Path, out: Path) -
             yield "No student of this task is finished: its tables are left out."
             continue
         yield from [*_task(grid, task), "", "As deployed, means over seeds:", ""]
-        yield from _deployed(grid, task, latency.get(task, ()))
+        yield from _deployed(grid, task, latency.get(task))
         pictures = {
             variant: draw_flows(lines, name=f"{grid.name}-{task}-{variant}", folder=figures)
             for variant in DRAWN
@@ -309,9 +184,9 @@ def _teachers(grid: Grid) -> list[str]:
         size = f"{line['bytes']['teacher'] / 1e6:.1f}"
         rows.append([task, metrics, size, f"{line['train_rows']:,}", f"{line['dev_rows']:,}"])
     found = table(["task", "teacher, PyTorch fp32", "MB", "train rows", "dev rows"], rows)
-    several = [task for task in grid.tasks if len({line["teacher"]["right"] for line in grid.of_task(task)}) > 1]
+    several = [task for task in grid.tasks if len({line["sha256"]["teacher"] for line in grid.of_task(task)}) > 1]
     if several:
-        found += ["", f"Teachers of equal settings differ between machines on {_listed(several)}; pairs share theirs."]
+        found += ["", f"Teachers of equal settings differ between machines on {listed(several)}; pairs share theirs."]
     return found
 
 
@@ -325,13 +200,13 @@ def _task(grid: Grid, task: str) -> list[str]:
         if not lines:
             rows.append([variant, count, NOT_RUN, *[""] * (len(metrics) + 5)])
             continue
-        values = [_spread(lines, name) for name in (*metrics, "agreement", "kl")]
+        values = [spread(lines, name) for name in (*metrics, "agreement", "kl")]
         if variant == BASE:
             rows.append([variant, count, *values, *[""] * 4])
             continue
         found = [difference(lines, base, name) for name in NEEDS]
         pairs = str(found[0].pairs) if found[0] else "0"
-        rows.append([variant, count, *values, pairs, *map(_signed, found, NEEDS)])
+        rows.append([variant, count, *values, pairs, *map(signed, found, NEEDS)])
     head = ["mapping", "seeds", *metrics, "agreement", "KL", "pairs", *against]
     return ["Students in PyTorch fp32:", "", *table(head, rows)]
 
@@ -348,8 +223,8 @@ def _pooled(grid: Grid) -> list[str]:
         if accuracy is None or counts is None:
             rows.append([variant, f"0 of {len(sides)}", "0", "no pair yet", *[""] * 4])
             continue
-        row = [variant, f"{accuracy.tasks} of {len(sides)}", str(accuracy.pairs), _signed(accuracy, "accuracy")]
-        row += [_signed(pooled_difference(sides, "agreement"), "agreement"), _ratio(pooled_kl_ratio(sides))]
+        row = [variant, f"{accuracy.tasks} of {len(sides)}", str(accuracy.pairs), signed(accuracy, "accuracy")]
+        row += [signed(pooled_difference(sides, "agreement"), "agreement"), ratio_text(pooled_kl_ratio(sides))]
         rows.append([*row, f"{counts.lost}, {counts.gained}", f"{counts.p:.3g}"])
     return [
         f"Differences to `{BASE}` are means over tasks. KL is the geometric mean over tasks of the ratios; below 1 is nearer",
@@ -360,10 +235,11 @@ def _pooled(grid: Grid) -> list[str]:
     ]
 
 
-def _deployed(grid: Grid, task: str, latency: Sequence[Mapping[str, Any]]) -> list[str]:
+def _deployed(grid: Grid, task: str, latency: Mapping[str, Any] | None) -> list[str]:
     first = metric_names(grid.of_task(task))[0]
     models = {"torch": "PyTorch fp32", "fp32": "ONNX fp32", "int8": "int8", "fused-int8": "fused int8"}
-    times = {str(entry["model"]): entry for entry in latency}
+    timed = [one for one in latency["models"] if one["lengths"] == LENGTHS] if latency else []
+    times = {one["model"]: one for one in timed}
     head = ["mapping", *(f"{first}, {name}" for name in models.values()), "int8 of teacher", "int8 MB", "teacher MB"]
     head += ["int8 p50 ms", "int8 p95 ms", "faster [95%]"]
     rows = []
@@ -379,21 +255,30 @@ def _deployed(grid: Grid, task: str, latency: Sequence[Mapping[str, Any]]) -> li
         row += [f"{sizes[name] / 1e6:.1f}" if name in sizes else "not made" for name in ("int8", "teacher")]
         rows.append([*row, *(_times(times["int8"]) if "int8" in times else [NOT_MEASURED] * 3)])
     found = table(head, rows)
-    if times:
-        words = "All measured times. They depend on a model's sizes, not on its weights: one stands for all mappings."
-        listed = [[name, *_times(entry)] for name, entry in times.items()]
-        found += ["", words, "", *table(["model", "p50 ms", "p95 ms", "faster [95%]"], listed)]
+    if latency:
+        device = latency["device"]
+        words = (
+            f"Times: {device['cpu']}, {timed[0]['threads']} threads, one dev row at a time at its own length, raw samples in "
+            "`results/glue-latency.json`. They depend on a model's sizes, not on its weights: one student stands for all."
+        )
+        listing = [[one["name"], f"{one['bytes'] / 1e6:.1f}", f"{_peak(one)}", *_times(one)] for one in timed]
+        found += ["", words, "", *table(["model", "MB", "peak MB of memory", "p50 ms", "p95 ms", "faster [95%]"], listing)]
     return found
 
 
-def _times(entry: Mapping[str, Any]) -> list[str]:
-    value, low, high = entry["speedup"]
-    return [f"{entry['p50_ms']:.2f}", f"{entry['p95_ms']:.2f}", f"{value:.2f}x [{low:.2f}, {high:.2f}]"]
+def _peak(one: Mapping[str, Any]) -> str:
+    return NOT_MEASURED if one["peak_rss_bytes"] is None else f"{one['peak_rss_bytes'] / 1e6:.0f}"
+
+
+def _times(one: Mapping[str, Any]) -> list[str]:
+    spans = one["latency_ms"]
+    faster = "1" if one["speedup"] is None else "{:.2f}x [{:.2f}, {:.2f}]".format(*one["speedup"])
+    return [f"{spans['p50']:.2f}", f"{spans['p95']:.2f}", faster]
 
 
 def _maps(pictures: Mapping[str, Mapping[str, Picture]], *, page: Path) -> list[str]:
     if not any(pictures.values()):
-        return [f"No flows of {_listed(DRAWN)} yet: their maps are left out."]
+        return [f"No flows of {listed(DRAWN)} yet: their maps are left out."]
     words = "Flows at the end of training, mean over seeds, in percent of the mass; cells below 0.1 are left blank:"
     rows = [[name, *(cell or NOT_RUN for cell in cells)] for name, cells in picture_rows(pictures, page=page)]
     return [words, "", *table(["mapping", "attention scores", "hidden states"], rows)]
@@ -406,7 +291,7 @@ def _tuning(grid: Grid, plan: Mapping[str, Any], lines: Lines) -> Iterator[str]:
     planned = list(cells(plan, grid.name, tuning=True)) if grid.planned else []
     chosen = {(cell.task, cell.variant): _settings(cell.recipe.to_dict()) for cell in grid.planned}
     share = sorted({line["held_out"] for line in lines})
-    yield f"Measured on {_listed([f'{100 * part:g}%' for part in share])} of train, held out, without dev. Sorted by KL."
+    yield f"Measured on {listed([f'{100 * part:g}%' for part in share])} of train, held out, without dev. Sorted by KL."
     for task in dict.fromkeys([cell.task for cell in planned] + [line["task"] for line in lines]):
         tried = same_origin([line for line in lines if line["task"] == task]) if lines else []
         yield from ["", f"{task}:", ""]
@@ -432,7 +317,7 @@ def _tried(
     rows = []
     for variant, settings, of in sorted(entries, key=lambda entry: _order(entry[2])):
         own = [f"{name} {settings[name]}" for name in names if name not in shared and settings[name] != plain[name]]
-        values = [_spread(of, name) for name in (*metrics, "agreement", "kl")] if of else [NOT_RUN]
+        values = [spread(of, name) for name in (*metrics, "agreement", "kl")] if of else [NOT_RUN]
         values += [""] * (len(metrics) + 2 - len(values))
         mark = "chosen" if chosen.get((task, variant)) == settings else ""
         rows.append([variant, ", ".join(own) or "as by default", str(len(of)), *values, mark])

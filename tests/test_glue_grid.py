@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -199,3 +200,54 @@ def test_divergence_by_hand(grid) -> None:
     student = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], dtype=np.float32)) + 3
     expected = [0.5 * np.log(2) + 0.5 * np.log(2 / 3), 0.0]
     np.testing.assert_allclose(glue_measure.divergences(teacher, student), expected, atol=1e-6)
+
+
+def test_teachers_are_fine_tuned_once_and_students_timed_beside_them(
+    grid, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import glue_latency
+
+    from bertemd_deploy.bench import compare
+    from bertemd_deploy.files import sha256_file
+
+    plan = tmp_path / "plan.yaml"
+    tuned = "{finetune: always, epochs: 6, batch_size: 8, learning_rate: 2.0e-3, keep_epoch: last, precision: float32}"
+    plan.write_text(plan.read_text(encoding="utf-8").replace("{finetune: never}", tuned), encoding="utf-8")
+    lines = grid("--variant", "emd")
+    assert len({line["sha256"]["teacher"] for line in lines}) == 1
+    (teacher,) = (tmp_path / "work" / "teachers").iterdir()
+    assert sha256_file(teacher / "model.safetensors") == lines[0]["sha256"]["teacher"]
+
+    out, really = tmp_path / "latency.json", compare.bench
+    noisy, records = True, []
+
+    def bench(*places: Any, settings: Any, **options: Any) -> dict[str, Any]:
+        if not records:  # measured once, briefly
+            records.append(really(*places, settings=dataclasses.replace(settings, seconds_per_cell=0.02), **options))
+        return records[0] | {"noise": {"noisy": noisy, "reasons": []}}
+
+    def measure() -> int:
+        places = ("--work", tmp_path / "work", "--out", out, "--rounds", "5")
+        monkeypatch.setattr(sys, "argv", ["glue_latency.py", "--grid", "tiny", *map(str, places)])
+        with pytest.raises(SystemExit) as ended:
+            glue_latency.main()
+        return int(ended.value.code or 0)
+
+    monkeypatch.setattr(compare, "bench", bench)
+    assert (measure(), out.exists()) == (3, False)
+    assert "tiny: small: too noisy, not kept" in capsys.readouterr().err
+    noisy = False
+    out.write_text(json.dumps({"grids": {"another": {"task": {}}}}), encoding="utf-8")
+    assert measure() == 0
+    kept = json.loads(out.read_text(encoding="utf-8"))["grids"]
+    assert kept["another"] == {"task": {}}
+    models = {(one["model"], one["lengths"]): one for one in kept["tiny"]["small"]["models"]}
+    teachers = {"teacher-pytorch", "teacher-onnxruntime"}
+    assert {name for name, _ in models} == teachers | {"fp32", "int8", "fused", "fused-int8"}
+    assert {lengths for _, lengths in models} == {"replay", 32}
+    assert models["teacher-pytorch", "replay"]["speedup"] is None
+    int8 = models["int8", "replay"]
+    assert len(int8["latency_ms"]["samples"]) == int8["latency_ms"]["n"] > 2
+    assert int8["speedup"][1] <= int8["speedup"][0] <= int8["speedup"][2]
+    assert int8["bytes"] == lines[0]["bytes"]["int8"]
+    assert str(tmp_path) not in json.dumps(kept)

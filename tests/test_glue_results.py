@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import glue_figures  # noqa: E402 - found through the line above
+import glue_bars  # noqa: E402 - found through the line above
+import glue_figures  # noqa: E402
 import glue_plan  # noqa: E402
 import glue_stats  # noqa: E402
 import glue_tables  # noqa: E402
@@ -106,6 +107,7 @@ def line(variant: str, *, task: str = "mrpc", seed: int = 1, right: int = 130, *
             "quantize": {"max_drop": 100},
         },
         "commit": "0123456789ab",
+        "sha256": {"data": "of the task", "encoder": "of the grid", "teacher": "of the task"},
         "finished": f"2026-01-01T00:00:0{seed}+00:00",
         "machine": {"cpu": "a CPU", "cores": 2},
         "seconds": 60.0,
@@ -169,8 +171,8 @@ def verdicts(lines: list[Any]) -> dict[tuple[str, ...], tuple[str, str]]:
     """What is said of each bar, by grid, task, what, of and against."""
     plan = glue_plan.read_plan()
     grids = {"minilm-4l": glue_stats.read_grid("minilm-4l", plan, lines)}
-    named = {(bar.grid, *bar.tasks, bar.what, bar.of, bar.against): bar for bar in glue_stats.BARS}
-    return {name: glue_tables.verdict(bar, grids) for name, bar in named.items()}
+    named = {(bar.grid, *bar.tasks, bar.what, bar.of, bar.against): bar for bar in glue_bars.BARS}
+    return {name: glue_bars.verdict(bar, grids) for name, bar in named.items()}
 
 
 def test_a_known_difference_is_recovered_and_its_interval_excludes_0() -> None:
@@ -213,7 +215,7 @@ def test_pairs_are_of_one_seed_and_one_teacher() -> None:
     found = glue_stats.difference(ours, theirs, "accuracy")
     assert found.pairs == 2
     np.testing.assert_allclose(found.value, (10 + 20) / 2 / ROWS)
-    ours[0] = ours[0] | {"teacher": ours[0]["teacher"] | {"right": bits(161)}}
+    ours[0] = ours[0] | {"sha256": ours[0]["sha256"] | {"teacher": "of another"}}
     assert glue_stats.difference(ours, theirs, "accuracy").pairs == 1
     assert glue_stats.difference(ours[2:], theirs, "accuracy") is None
     with pytest.raises(ValueError, match="one grid and task"):
@@ -334,7 +336,7 @@ def test_bars_without_numbers(lines) -> None:
 
 
 def test_every_bar_names_metrics_of_its_tasks() -> None:
-    for bar in glue_stats.BARS:
+    for bar in glue_bars.BARS:
         for task in bar.tasks:
             assert bar.of in TASKS[task].metrics
 
@@ -344,9 +346,20 @@ def tables(page: str) -> list[list[str]]:
     return [block.strip().splitlines() for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)]
 
 
+def timed(lengths: str | int) -> list[dict[str, Any]]:
+    """What glue_latency.py keeps of a teacher and an int8 student at some lengths."""
+    shared = {"lengths": lengths, "threads": 2, "bytes": 90_000_000, "peak_rss_bytes": 500_000_000}
+    scale = 1 if lengths == "replay" else 10
+    teacher = {"model": "teacher-pytorch", "name": "teacher pytorch fp32", "speedup": None}
+    student = {"model": "int8", "name": "student onnxruntime int8", "speedup": [13.5, 12.0, 15.0]}
+    return [
+        shared | teacher | {"latency_ms": {"p50": 8.1 * scale, "p95": 9.2 * scale}},
+        shared | student | {"latency_ms": {"p50": 0.6 * scale, "p95": 0.9 * scale}, "peak_rss_bytes": None},
+    ]
+
+
 def test_the_page_states_the_numbers(lines, tmp_path) -> None:
-    times = [{"model": "int8", "p50_ms": 0.6, "p95_ms": 0.9, "speedup": [13.5, 12.0, 15.0]}]
-    latency = {"grids": {"minilm-4l": {"mrpc": times}}}
+    latency = {"grids": {"minilm-4l": {"mrpc": {"device": {"cpu": "a CPU"}, "models": [*timed("replay"), *timed(128)]}}}}
     page = write(tmp_path / "page", lines, tuning=tuning_lines(), latency=latency)
     assert "36 of 36 planned students are finished" in page
     assert "--grid minilm-4l --data GLUE --encoder FOLDER --tuning" in page
@@ -362,6 +375,9 @@ def test_the_page_states_the_numbers(lines, tmp_path) -> None:
         in page
     )
     assert "| 19.0 | 90.0 | not measured | not measured | not measured |" in page  # sst2
+    assert "a CPU, 2 threads" in page
+    assert "| teacher pytorch fp32 | 90.0 | 500 | 8.10 | 9.20 | 1 |" in page
+    assert "| student onnxruntime int8 | 90.0 | not measured | 0.60 | 0.90 | 13.50x [12.00, 15.00] |" in page
     assert "**met**" in page
     assert "not run yet" not in page
     assert str(tmp_path) not in page
