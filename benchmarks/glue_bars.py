@@ -101,13 +101,14 @@ def _kept(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
 
 
 def _mean(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
+    fixed = [name for name in FIXED if grid is None or name in grid.variants]
     subject = (
         f"`{bar.grid}`: on the mean over tasks of their first metrics `emd` is to be at least as good as "
-        f"each of {listed([f'`{name}`' for name in FIXED])}"
+        f"each of {listed([f'`{name}`' for name in fixed])}"
     )
     if grid is None or not grid.tasks:
         return None, subject
-    names = ("emd", *FIXED)
+    names = ("emd", *fixed)
     shared = {
         task: set.intersection(*({line["seed"] for line in grid.lines(task, name)} for name in names))
         for task in grid.tasks
@@ -118,7 +119,7 @@ def _mean(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
     means = {
         name: mean_over_tasks({task: grid.lines(task, name) for task in grid.tasks}, first, shared) for name in names
     }
-    best = max(FIXED, key=means.__getitem__)
+    best = max(fixed, key=means.__getitem__)
     count, planned = sum(map(len, shared.values())), sum(grid.seeds(task, "emd") for task in grid.tasks)
     return means["emd"] - means[best], (
         f"{subject}; it reaches {means['emd']:.4f}, the best of them, `{best}`, {means[best]:.4f} "
