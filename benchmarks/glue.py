@@ -85,7 +85,14 @@ def settings_text(cell: Cell) -> str:
     """Return what tells a cell's distillation from the defaults of the method, in a line."""
     distill = cell.recipe.to_dict()["distill"]
     names = ("learning_rate", "epochs", "beta", "temperature", "cost_scale")
-    emd = ("cost_attention", "emd_temperature", "marginal_momentum", "transported_mass", "separate_marginals")
+    emd = (
+        "cost_attention",
+        "emd_temperature",
+        "marginal_momentum",
+        "transported_mass",
+        "mapped_layers",
+        "separate_marginals",
+    )
     names += emd if distill["mapping"] == "emd" else ()
     return " ".join(f"{name}={distill[name]}" for name in names)
 

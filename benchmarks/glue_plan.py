@@ -61,7 +61,6 @@ class Cell:
         """Return what the cell is called on the terminal and its folder."""
         return f"{self.grid}-{self.task}-{self.variant}-{self.key[:6]}-seed{self.seed}"
 
-
     def teacher_folder(self, work: Path) -> Path:
         """Return where its fine-tuned teacher is kept, one for all cells that share it."""
         return work / "teachers" / f"{self.recipe.teacher.model}-{self.task}-{self.teacher_key[:6]}"

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from glue_bars import NEEDS, verdict_lines
 from glue_figures import Picture, draw_flows, picture_rows
 from glue_plan import Cell, cells, read_lines, read_plan
-from glue_bars import NEEDS, verdict_lines
 from glue_stats import (
     RESAMPLES,
     Grid,
@@ -26,13 +27,14 @@ from glue_stats import (
     retention,
     same_origin,
 )
-from glue_words import NOT_MEASURED, NOT_RUN, listed, ratio_text, signed, spread, table
+from glue_words import NOT_DEFINED, NOT_MEASURED, NOT_RUN, listed, ratio_text, signed, spread, table
 
 from bertemd_deploy.files import write_text
 from bertemd_deploy.settings import DistillSettings
 
 HERE = Path(__file__).resolve().parent
 BASE = "uniform"  # what every other mapping is set against
+MARKS = ("<!-- glue: written by benchmarks/glue.py --table -->", "<!-- glue: end -->")  # of the README's table
 LENGTHS = "replay"  # of the dev rows, in what glue_latency.py measures
 DRAWN = ("emd-fixed", "emd")  # variants whose flows are shown
 
@@ -43,8 +45,9 @@ def write_results(
     latency_path: Path = HERE / "results" / "glue-latency.json",
     out: Path = HERE / "RESULTS.md",
     figures: Path = HERE / "figures",
+    readme: Path | None = HERE.parent / "README.md",
 ) -> None:
-    """Write the page and its figures from the records alone.
+    """Write the page, its figures and the README's table from the records alone.
 
     Args:
         lines_path: lines of finished students.
@@ -52,6 +55,7 @@ def write_results(
         latency_path: times of the deployed models by grid and task, as glue_latency.py writes them; may be absent.
         out: the page.
         figures: folder of the flows' maps.
+        readme: text whose table between `MARKS` is replaced; None leaves it out.
     """
     plan = read_plan()
     lines, tuning = read_lines(lines_path), read_lines(tuning_path)
@@ -69,6 +73,59 @@ def write_results(
         ]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "\n".join(text) + "\n")
+    if readme is not None:
+        write_text(readme, with_table(readme.read_text(encoding="utf-8"), summary(grids, latency)))
+
+
+def with_table(text: str, rows: Sequence[str]) -> str:
+    """Return a text with the lines between `MARKS` replaced.
+
+    Raises:
+        ValueError: the text has not each of the marks once, in their order.
+    """
+    before, found, rest = text.partition(MARKS[0])
+    _, closed, after = rest.partition(MARKS[1])
+    if not found or not closed or MARKS[0] in rest or MARKS[1] in after:
+        raise ValueError(f"one {MARKS[0]} and one {MARKS[1]} after it are needed")
+    return "\n".join([before + MARKS[0], *rows, MARKS[1] + after])
+
+
+def summary(grids: Sequence[Grid], latency: Mapping[str, Any]) -> list[str]:
+    """Return the table of deployed students, mapping `emd`: a row for each grid, task and metric that has lines."""
+    rows = []
+    for grid in grids:
+        for task in grid.tasks:
+            lines = grid.lines(task, "emd")
+            timed = _timed(latency.get(grid.name, {}).get(task)).get("int8")
+            for metric in metric_names(lines) if lines else []:
+                means = [mean_sd(lines, metric, model=model) for model in ("teacher", "int8")]
+                if means[0] is None or means[1] is None:
+                    continue
+                kept, sizes = retention(lines, metric), lines[0]["bytes"]
+                agrees = np.mean([line["models"]["int8"]["agreement"] for line in lines])
+                rows.append(
+                    [
+                        f"`{grid.name}` {task}, {metric}",
+                        f"{means[0][0]:.4f}",
+                        spread(lines, metric, model="int8"),
+                        NOT_DEFINED if kept is None else f"{kept:.1f}%",
+                        f"{100 * agrees:.1f}%",
+                        f"{sizes['teacher'] / 1e6:.1f} / {sizes['int8'] / 1e6:.1f} MB",
+                        _times(timed)[-1] if timed else NOT_MEASURED,
+                        f"{len(lines)} of {grid.seeds(task, 'emd')}",
+                    ]
+                )
+    head = [
+        "grid, task, metric",
+        "teacher",
+        "int8 student",
+        "kept",
+        "agrees with teacher",
+        "size",
+        "faster [95%]",
+        "seeds",
+    ]
+    return table(head, rows) if rows else [f"No student is finished: {NOT_RUN}."]
 
 
 def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
@@ -238,8 +295,7 @@ def _pooled(grid: Grid) -> list[str]:
 def _deployed(grid: Grid, task: str, latency: Mapping[str, Any] | None) -> list[str]:
     first = metric_names(grid.of_task(task))[0]
     models = {"torch": "PyTorch fp32", "fp32": "ONNX fp32", "int8": "int8", "fused-int8": "fused int8"}
-    timed = [one for one in latency["models"] if one["lengths"] == LENGTHS] if latency else []
-    times = {one["model"]: one for one in timed}
+    times = _timed(latency)
     head = ["mapping", *(f"{first}, {name}" for name in models.values()), "int8 of teacher", "int8 MB", "teacher MB"]
     head += ["int8 p50 ms", "int8 p95 ms", "faster [95%]"]
     rows = []
@@ -251,19 +307,30 @@ def _deployed(grid: Grid, task: str, latency: Mapping[str, Any] | None) -> list[
         means = [mean_sd(lines, first, model=model) for model in models]
         kept, sizes = retention(lines, first), lines[0]["bytes"]
         row = [variant, *(f"{found[0]:.4f}" if found else "not made" for found in means)]
-        row += ["not defined" if kept is None else f"{kept:.2f}%"]
+        row += [NOT_DEFINED if kept is None else f"{kept:.2f}%"]
         row += [f"{sizes[name] / 1e6:.1f}" if name in sizes else "not made" for name in ("int8", "teacher")]
         rows.append([*row, *(_times(times["int8"]) if "int8" in times else [NOT_MEASURED] * 3)])
     found = table(head, rows)
     if latency:
-        device = latency["device"]
+        device, timed = latency["device"], list(times.values())
         words = (
             f"Times: {device['cpu']}, {timed[0]['threads']} threads, one dev row at a time at its own length, raw samples in "
             "`results/glue-latency.json`. They depend on a model's sizes, not on its weights: one student stands for all."
         )
         listing = [[one["name"], f"{one['bytes'] / 1e6:.1f}", f"{_peak(one)}", *_times(one)] for one in timed]
-        found += ["", words, "", *table(["model", "MB", "peak MB of memory", "p50 ms", "p95 ms", "faster [95%]"], listing)]
+        found += [
+            "",
+            words,
+            "",
+            *table(["model", "MB", "peak MB of memory", "p50 ms", "p95 ms", "faster [95%]"], listing),
+        ]
     return found
+
+
+def _timed(latency: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """Return what was measured over the dev rows' own lengths, by model."""
+    models = latency["models"] if latency else []
+    return {one["model"]: one for one in models if one["lengths"] == LENGTHS}
 
 
 def _peak(one: Mapping[str, Any]) -> str:

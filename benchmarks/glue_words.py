@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from glue_stats import Estimate, Lines, mean_sd
 
-NOT_RUN, NOT_MEASURED = "not run yet", "not measured"
+NOT_RUN, NOT_MEASURED, NOT_DEFINED = "not run yet", "not measured", "not defined"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -21,9 +21,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *filled)]
 
 
-def spread(lines: Lines, name: str) -> str:
+def spread(lines: Lines, name: str, *, model: str = "torch") -> str:
     """Return mean ± deviation over seeds of a metric, "agreement" or "kl"."""
-    found = mean_sd(lines, name)
+    found = mean_sd(lines, name, model=model)
     if found is None:
         return NOT_RUN
     mean, sd = found

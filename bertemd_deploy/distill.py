@@ -125,6 +125,7 @@ def distill(
         separate=settings.separate_marginals,
         momentum=settings.marginal_momentum,
         mass=settings.transported_mass,
+        intermediate=settings.mapped_layers == "intermediate",
     )
     bfloat16 = trains_in_bfloat16(settings.precision)
     if bfloat16:

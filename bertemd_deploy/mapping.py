@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bertemd_deploy.emd import CostAttention, cost_attention, solve_flow, uniform_weights
 from bertemd_deploy.errors import EmdError, RecipeError
@@ -38,7 +38,9 @@ class LayerMapping:
         separate: keep attention and hidden marginals apart.
         momentum: share of the marginals that a step keeps, w' = momentum w + (1 - momentum) cost_attention(w).
         mass: share of the teacher's mass that a flow moves, see `emd.solve_flow`.
-        marginals: "attention" and "hidden" to (teacher (M,), student (N,)) weights of the next step, float64.
+        intermediate: leave both models' last layers out of the flows of `emd` and `emd-fixed`, as `skip` does.
+        marginals: "attention" and "hidden" to (teacher (M,), student (N,)) weights of the next step, float64; (M - 1,) and
+            (N - 1,) where the last layers are left out.
         flows: flows of the last step, (M, N) float64.
     """
 
@@ -50,6 +52,7 @@ class LayerMapping:
     separate: bool = False
     momentum: float = 0.0
     mass: float = 1.0
+    intermediate: bool = False
     marginals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     flows: dict[str, Tensor] = field(default_factory=dict)
 
@@ -61,7 +64,12 @@ class LayerMapping:
         """
         if self.kind in ("skip", "last") and self.student_layers < 2:
             raise RecipeError(f"distill.mapping: {self.kind} needs a student of at least 2 layers.")
-        start = (uniform_weights(self.teacher_layers), uniform_weights(self.student_layers))
+        if self.left_out and self.student_layers < 2:
+            raise RecipeError("distill.mapped_layers: intermediate needs a student of at least 2 layers.")
+        start = (
+            uniform_weights(self.teacher_layers - self.left_out),
+            uniform_weights(self.student_layers - self.left_out),
+        )
         self.marginals = dict.fromkeys(SIDES, start)
 
     @property
@@ -70,10 +78,15 @@ class LayerMapping:
         return self.kind in ("emd", "emd-fixed")
 
     @property
+    def left_out(self) -> int:
+        """How many of either model's layers, from the last, no flow reaches: 1 where flows are solved between the others."""
+        return int(self.intermediate and self.solves)
+
+    @property
     def rows(self) -> list[int]:
         """The teacher layers that are compared at all: every one, or those a one-to-one mapping names."""
         if self.solves:
-            return list(range(self.teacher_layers))
+            return list(range(self.teacher_layers - self.left_out))
         used = fixed_flow(self.kind, self.teacher_layers, self.student_layers).any(1)
         return [int(row) for row in torch.nonzero(used).flatten()]
 
@@ -81,7 +94,7 @@ class LayerMapping:
         """Return the flows of one step by side, (M, N) float64 of mass 1, and move the marginals on.
 
         Args:
-            costs: (2, M, N) attention and hidden costs of the whole batch, for mappings that solve; detached.
+            costs: (2, rows, N) attention and hidden costs of the whole batch, for mappings that solve; detached.
 
         Raises:
             EmdError: a cost is not finite or the flow cannot be solved.
@@ -91,7 +104,10 @@ class LayerMapping:
             return self.flows
         if costs is None:
             raise EmdError(f"distill.mapping {self.kind}: a flow cannot be solved without costs.")
-        on_host = dict(zip(SIDES, costs.detach().to("cpu", torch.float64), strict=True))  # one copy for both matrices
+        compared = costs.detach().to("cpu", torch.float64)[
+            ..., : self.student_layers - self.left_out
+        ]  # one copy for both
+        on_host = dict(zip(SIDES, compared, strict=True))
         used = self.marginals
         self.flows = {
             side: solve_flow(
@@ -101,6 +117,8 @@ class LayerMapping:
         }
         if self.kind == "emd":
             self.marginals = self._next_marginals(on_host)
+        if self.left_out:
+            self.flows = {side: nn.functional.pad(flow, (0, 1, 0, 1)) for side, flow in self.flows.items()}
         return self.flows
 
     def _next_marginals(self, costs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

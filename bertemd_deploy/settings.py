@@ -14,6 +14,7 @@ Mapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
 Augmentation = Literal["none", "dropout", "mlm"]
 KeepEpoch = Literal["best", "last"]
 CostScale = Literal["absolute", "relative"]
+MappedLayers = Literal["all", "intermediate"]
 STUDENT_NAMES = ("4L-312", "6L-768", "4L", "6L")
 MAPPINGS: tuple[str, ...] = typing.get_args(Mapping)
 
@@ -110,6 +111,8 @@ class DistillSettings:
         separate_marginals: keep attention and hidden marginals apart instead of averaging them.
         transported_mass: share of the teacher layers' mass that a flow moves; 1 moves all, as published. With less, every
             student layer still learns its share, and teacher layers that none of them resembles are left alone.
+        mapped_layers: "all", as published, or "intermediate": the last layers of both models, which the prediction loss
+            serves, are left out of the flow (`emd` and `emd-fixed`; `skip` and `last` leave the student's out anyway).
         cost_scale: "absolute", as published, or "relative" to the mean square of the teacher layer, which weighs attention
             and hidden states, and early and late layers, alike.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
@@ -146,6 +149,7 @@ class DistillSettings:
     marginal_momentum: float = bounded(0.0, 0, 0.999)
     separate_marginals: bool = False
     transported_mass: float = bounded(1.0, 0.05, 1)
+    mapped_layers: MappedLayers = "all"
     cost_scale: CostScale = "absolute"
     hidden_projection: bool = False
     micro_batch_size: int | None = bounded(None, 1, 4096)

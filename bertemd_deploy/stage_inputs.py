@@ -34,6 +34,7 @@ _LATER_DISTILL: dict[str, Any] = {
     "keep_epoch": "best",
     "marginal_momentum": 0.0,
     "transported_mass": 1.0,
+    "mapped_layers": "all",
     "cost_scale": "absolute",
 }
 _LATER_EXPORT = ("target", "vocabulary", "tokenizer_inside")
@@ -79,7 +80,7 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
     unused = _MEMORY + (_AUGMENTATION if settings.augmentation == "none" else ())
     unused += () if settings.quant_aware else _QUANT_AWARE
     unused += () if settings.mapping == "emd" else ("marginal_momentum",)
-    unused += () if settings.mapping in ("emd", "emd-fixed") else ("transported_mass",)
+    unused += () if settings.mapping in ("emd", "emd-fixed") else ("transported_mass", "mapped_layers")
     unused += ("cost_scale",) if settings.mapping == "none" else ()
     inputs = dict(shared) | {
         "teacher": sha256_file(teacher / WEIGHTS),

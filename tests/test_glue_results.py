@@ -157,12 +157,15 @@ def write(folder: Path, lines: list[Any], *, tuning: list[Any] | None = None, la
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in of), encoding="utf-8")
     if latency:
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
+    readme = folder / "README.md"
+    readme.write_text("\n".join(["# A page", *glue_tables.MARKS, "the end\n"]), encoding="utf-8")
     glue_tables.write_results(
         folder / "lines.jsonl",
         folder / "tuning.jsonl",
         folder / "latency.json",
         folder / "RESULTS.md",
         folder / "figures",
+        readme,
     )
     return (folder / "RESULTS.md").read_text(encoding="utf-8")
 
@@ -359,7 +362,9 @@ def timed(lengths: str | int) -> list[dict[str, Any]]:
 
 
 def test_the_page_states_the_numbers(lines, tmp_path) -> None:
-    latency = {"grids": {"minilm-4l": {"mrpc": {"device": {"cpu": "a CPU"}, "models": [*timed("replay"), *timed(128)]}}}}
+    latency = {
+        "grids": {"minilm-4l": {"mrpc": {"device": {"cpu": "a CPU"}, "models": [*timed("replay"), *timed(128)]}}}
+    }
     page = write(tmp_path / "page", lines, tuning=tuning_lines(), latency=latency)
     assert "36 of 36 planned students are finished" in page
     assert "--grid minilm-4l --data GLUE --encoder FOLDER --tuning" in page
@@ -383,6 +388,38 @@ def test_the_page_states_the_numbers(lines, tmp_path) -> None:
     assert str(tmp_path) not in page
     for table in tables(page):
         assert len({row.count("|") for row in table}) == 1, table[0]
+
+
+def test_the_readme_states_what_is_deployed(lines, tmp_path) -> None:
+    latency = {"grids": {"minilm-4l": {"mrpc": {"device": {"cpu": "a CPU"}, "models": timed("replay")}}}}
+    write(tmp_path / "page", lines, latency=latency)
+    readme = tmp_path / "page" / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    size = "90.0 / 19.0 MB"
+    assert (
+        f"| `minilm-4l` mrpc, f1 | 0.8000 | 0.7500 ± 0.0000 | 93.8% | 75.0% | {size} | 13.50x [12.00, 15.00] | 3 of 3 |"
+        in text
+    ), text
+    assert (
+        f"| `minilm-4l` sst2, accuracy | 0.8000 | 0.7500 ± 0.0000 | 93.8% | 75.0% | {size} | not measured | 3 of 3 |"
+        in text
+    )
+    assert (text.startswith("# A page\n<!--"), text.endswith("-->\nthe end\n")) == (True, True)
+    assert glue_tables.with_table(text, ["new"]).count("|") == 0
+    assert "No student is finished" in glue_tables.summary([], {})[0]
+    for damaged in ("", glue_tables.MARKS[0], "\n".join(reversed(glue_tables.MARKS)), text + text):
+        with pytest.raises(ValueError, match="are needed"):
+            glue_tables.with_table(damaged, [])
+
+
+def test_the_page_and_the_readme_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    monkeypatch.setattr(glue_plan, "PLAN", root / "benchmarks" / "glue.yaml")
+    readme = tmp_path / "README.md"
+    readme.write_text((root / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    glue_tables.write_results(out=tmp_path / "RESULTS.md", figures=tmp_path / "figures", readme=readme)
+    for name, kept in (("RESULTS.md", root / "benchmarks" / "RESULTS.md"), ("README.md", root / "README.md")):
+        assert (tmp_path / name).read_text(encoding="utf-8") == kept.read_text(encoding="utf-8")
 
 
 def test_tuning_is_sorted_and_marks_what_was_chosen(lines, tmp_path) -> None:

@@ -146,6 +146,33 @@ def test_a_mass_below_one_leaves_dear_layers_alone():
         assert_close(flow.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("kind", ["emd", "emd-fixed"])
+def test_intermediate_layers_alone_are_mapped_as_a_smaller_pair_of_models_would_be(kind):
+    mapping, smaller = LayerMapping(kind, 4, 3, intermediate=True), LayerMapping(kind, 3, 2)
+    assert mapping.rows == [0, 1, 2]
+    dear = torch.full((2, 3, 1), 7.0)  # of the student's last layer
+    for _ in range(3):
+        mapping.step(torch.cat([torch.stack([ATTENTION, HIDDEN]), dear], dim=2))
+        smaller.step(torch.stack([ATTENTION, HIDDEN]))
+    for side in SIDES:
+        assert_close(mapping.flows[side][:3, :2], smaller.flows[side], rtol=0, atol=0)
+        assert mapping.flows[side].shape == (4, 3)
+        assert mapping.flows[side][3].sum() == mapping.flows[side][:, 2].sum() == 0
+        assert_close(mapping.marginals[side], smaller.marginals[side], rtol=0, atol=0)
+
+
+def test_other_mappings_do_not_care_for_intermediate_layers():
+    for kind in ("uniform", "skip", "last"):
+        mapping, plain = LayerMapping(kind, 4, 3, intermediate=True), LayerMapping(kind, 4, 3)
+        assert mapping.rows == plain.rows
+        assert_close(mapping.step(), plain.step(), rtol=0, atol=0)
+
+
+def test_intermediate_layers_need_two_layers():
+    with pytest.raises(RecipeError, match="intermediate needs a student of at least 2 layers"):
+        LayerMapping("emd", 4, 1, intermediate=True)
+
+
 def test_resumed_mapping_goes_on_as_the_first_would_have():
     first = LayerMapping("emd", 3, 2, separate=True)
     first.step(torch.stack([ATTENTION, HIDDEN]))

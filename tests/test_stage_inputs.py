@@ -56,6 +56,7 @@ def recipe(model: Path, **changes: dict[str, Any]) -> Recipe:
         {"distill": {"keep_epoch": "last"}},
         {"distill": {"marginal_momentum": 0.5}},
         {"distill": {"transported_mass": 0.5}},
+        {"distill": {"mapped_layers": "intermediate"}},
         {"distill": {"cost_scale": "relative"}},
     ],
 )
@@ -70,6 +71,7 @@ def test_later_settings_are_inputs_where_they_do_something(teacher: Path, change
         ("uniform", "marginal_momentum", 0.5),
         ("emd-fixed", "marginal_momentum", 0.5),
         ("uniform", "transported_mass", 0.5),
+        ("skip", "mapped_layers", "intermediate"),
         ("none", "cost_scale", "relative"),
     ],
 )
