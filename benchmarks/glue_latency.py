@@ -2,9 +2,9 @@
 
     python benchmarks/glue_latency.py --grid minilm-4l --work runs/glue
 
-For each task the first seed's artifact of mapping `emd` is timed by `bertemd bench`, its teacher in PyTorch with it, over the dev
-set's own lengths, one at a time, on all CPUs. Raw samples, device and conditions go into `results/glue-latency.json`, from which
-`glue.py --table` takes them; other grids and tasks that the file holds stay. A noisy measurement is not kept: exit 3.
+For each task the first seed's artifact of mapping `emd` is timed by `bertemd bench`, and its teacher in PyTorch, over the dev
+set's own lengths, one row at a time, on all CPUs. Raw samples, device and conditions go into `results/glue-latency.json`, where
+`glue.py --table` finds them; other grids and tasks that the file holds stay. A noisy measurement is not kept: exit 3.
 """
 
 from __future__ import annotations
