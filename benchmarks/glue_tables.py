@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from glue_bars import NEEDS, verdict_lines
+from glue_bars import BARS, NEEDS, verdict_lines
 from glue_figures import Picture, draw_flows, picture_rows
 from glue_plan import Cell, cells, read_lines, read_plan
 from glue_stats import (
@@ -91,9 +91,9 @@ def with_table(text: str, rows: Sequence[str]) -> str:
 
 
 def summary(grids: Sequence[Grid], latency: Mapping[str, Any]) -> list[str]:
-    """Return the table of deployed students, mapping `emd`: a row for each grid, task and metric that has lines."""
+    """Return the table of deployed students, mapping `emd`, of the grids that have bars: a row for each task and metric."""
     rows = []
-    for grid in grids:
+    for grid in (grid for grid in grids if any(bar.grid == grid.name for bar in BARS)):
         for task in grid.tasks:
             lines = grid.lines(task, "emd")
             timed = _timed(latency.get(grid.name, {}).get(task)).get("int8")

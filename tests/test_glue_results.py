@@ -463,7 +463,7 @@ def test_the_same_records_give_the_same_bytes(lines, tmp_path) -> None:
         write(tmp_path / name, lines[:12], tuning=tuning_lines())
     one, two = (sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("one", "two"))
     assert [path.name for path in one] == [path.name for path in two]
-    assert len(one) == 3 + 8
+    assert len(one) == 4 + 8  # two records, the page and the README; maps
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
