@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
         "```",
     ]
     for grid in grids:
-        for tuning in (" --tuning", ""):
+        for tuning in (" --tuning", "") if "tuning" in plan["grids"].get(grid.name, {}) else ("",):
             yield f"python benchmarks/glue.py --grid {grid.name} --data GLUE --encoder FOLDER{tuning}"
     yield from ["python benchmarks/glue.py --table", "```", "", *_method(grids)]
 
@@ -352,13 +353,22 @@ def _maps(pictures: Mapping[str, Mapping[str, Picture]], *, page: Path) -> list[
 
 
 def _tuning(grid: Grid, plan: Mapping[str, Any], lines: Lines) -> Iterator[str]:
+    entry = plan["grids"].get(grid.name, {})
     if not lines:
-        yield "No setting was tried yet: the table is left out."
+        yield "No setting was tried yet: the table is left out." if "tuning" in entry else "No setting was tried here."
         return
     planned = list(cells(plan, grid.name, tuning=True)) if grid.planned else []
     chosen = {(cell.task, cell.variant): _settings(cell.recipe.to_dict()) for cell in grid.planned}
     share = sorted({line["held_out"] for line in lines})
     yield f"Measured on {listed([f'{100 * part:g}%' for part in share])} of train, held out, without dev. Sorted by KL."
+    counts = Counter(line["variant"] for line in {line["key"]: line for line in lines}.values())
+    yield f"Settings tried by mapping: {listed([f'`{name}` {counts[name]}' for name in grid.variants])}."
+    tried_on = list(dict.fromkeys(line["task"] for line in lines))
+    for task in [task for task in grid.tasks if task not in tried_on and task in entry.get("tasks", {})]:
+        own = entry["tasks"][task]["variants"]
+        chosen_on = [one for one in tried_on if entry["tasks"].get(one, {}).get("variants") == own]
+        words = f"; its mappings have the settings of {listed(chosen_on)}" if chosen_on else ""
+        yield f"Nothing was tried on {task}{words}."
     for task in dict.fromkeys([cell.task for cell in planned] + [line["task"] for line in lines]):
         tried = same_origin([line for line in lines if line["task"] == task]) if lines else []
         yield from ["", f"{task}:", ""]
