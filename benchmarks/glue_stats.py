@@ -1,8 +1,8 @@
 """What the lines of `glue.py` state together: means over seeds, paired differences and ratios with intervals, McNemar counts.
 
 A line is a finished student as `glue.run_cell` returns it, a `Grid` the lines of one grid beside its plan. Lines in, numbers
-out; no files. Pairs are students of one task and seed, of two variants, with one teacher. Over S paired seeds and n dev rows, with
-x of one variant and y of the other,
+out; no files. Pairs are students of one task and seed, of two variants, with one teacher. Over S paired seeds and n dev rows,
+with x of one variant and y of the other,
 
     difference            mean_sr(x_sr) - mean_sr(y_sr)
     pooled difference     the mean of the tasks' differences
