@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import json
@@ -82,19 +83,12 @@ def main() -> None:
 
 
 def settings_text(cell: Cell) -> str:
-    """Return what tells a cell's distillation from the defaults of the method, in a line."""
-    distill = cell.recipe.to_dict()["distill"]
-    names = ("learning_rate", "epochs", "beta", "temperature", "cost_scale")
-    emd = (
-        "cost_attention",
-        "emd_temperature",
-        "marginal_momentum",
-        "transported_mass",
-        "mapped_layers",
-        "separate_marginals",
-    )
-    names += emd if distill["mapping"] == "emd" else ()
-    return " ".join(f"{name}={distill[name]}" for name in names)
+    """Return what tells a cell's distillation from the defaults, in a line."""
+    from bertemd_deploy.settings import DistillSettings
+
+    plain, own = dataclasses.asdict(DistillSettings()), cell.recipe.to_dict()["distill"]
+    names = [name for name in plain if name not in ("mapping", "seed") and own[name] != plain[name]]
+    return " ".join(f"{name}={own[name]}" for name in names)
 
 
 def share_out(jobs: int) -> int:

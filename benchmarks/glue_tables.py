@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ from typing import Any
 import numpy as np
 from glue_bars import BARS, NEEDS, verdict_lines
 from glue_figures import Picture, draw_flows, picture_rows
-from glue_plan import Cell, cells, read_lines, read_plan
+from glue_plan import read_lines, read_plan
+from glue_settings import changed, settings_section, tuning_section
 from glue_stats import (
     RESAMPLES,
     Grid,
@@ -26,18 +25,17 @@ from glue_stats import (
     pooled_mcnemar,
     read_grid,
     retention,
-    same_origin,
 )
 from glue_words import NOT_DEFINED, NOT_MEASURED, NOT_RUN, listed, ratio_text, signed, spread, table
 
 from bertemd_deploy.files import write_text
-from bertemd_deploy.settings import DistillSettings
 
 HERE = Path(__file__).resolve().parent
 BASE = "uniform"  # what every other mapping is set against
 MARKS = ("<!-- glue: written by benchmarks/glue.py --table -->", "<!-- glue: end -->")  # of the README's table
 LENGTHS = "replay"  # of the dev rows, in what glue_latency.py measures
-DRAWN = ("emd-fixed", "emd")  # variants whose flows are shown
+SOLVED = ("emd-fixed", "emd")  # mappings whose flows are shown
+AGAINST = (("emd", "skip"), ("emd", "emd-fixed"))  # what else is set against each other, pooled over tasks
 
 
 def write_results(
@@ -70,7 +68,7 @@ def write_results(
             "",
             f"### {grid.name}: how settings were chosen",
             "",
-            *_tuning(grid, plan, [line for line in tuning if line["grid"] == grid.name]),
+            *tuning_section(grid, plan, [line for line in tuning if line["grid"] == grid.name]),
         ]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "\n".join(text) + "\n")
@@ -126,7 +124,15 @@ def summary(grids: Sequence[Grid], latency: Mapping[str, Any]) -> list[str]:
         "faster [95%]",
         "seeds",
     ]
-    return table(head, rows) if rows else [f"No student is finished: {NOT_RUN}."]
+    if not rows:
+        return ["No student of mapping `emd` is finished yet."]
+    device = next((one["device"] for of in latency.values() for one in of.values()), None)
+    words = (
+        f"Times: median of single rows of dev, {device['cpu']}, all cores, against the teacher in PyTorch fp32."
+        if device
+        else ""
+    )
+    return ["", *table(head, rows), "", *([words, ""] if words else [])]
 
 
 def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
@@ -137,8 +143,8 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "## What was run"
     yield ""
-    yield "A teacher is fine-tuned from a pretrained encoder, and students of some of its layers are distilled from it, one for"
-    yield "each task, mapping and seed. Students of one grid and task share their teacher. Each is exported and made int8."
+    yield "A teacher is fine-tuned from a pretrained encoder, and students are distilled from it, one for each task, mapping"
+    yield "and seed. Students of one machine, encoder and task share their teacher. Each is exported and made int8."
     yield ""
     for grid in grids:
         lines = [line for task in grid.tasks for line in grid.of_task(task)]
@@ -152,8 +158,8 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
             yield f"  Trained on {listed(machines)}, {hours:.1f} hours in all; commit {listed(_of(lines, 'commit'))}."
         if grid.left_out:
             yield f"  Left out: {grid.left_out} older line(s) of other settings, another teacher or other data."
-        if changed := _changed(grid):
-            yield f"  Settings that are no longer those of `glue.yaml`: {listed(changed)}."
+        if other := changed(grid):
+            yield f"  Settings that are no longer those of `glue.yaml`: {listed(other)}."
     yield from [
         "",
         "To repeat it, with GLUE a folder of the tasks' folders and FOLDER the pretrained encoder:",
@@ -164,13 +170,6 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
         for tuning in (" --tuning", "") if "tuning" in plan["grids"].get(grid.name, {}) else ("",):
             yield f"python benchmarks/glue.py --grid {grid.name} --data GLUE --encoder FOLDER{tuning}"
     yield from ["python benchmarks/glue.py --table", "```", "", *_method(grids)]
-
-
-def _changed(grid: Grid) -> list[str]:
-    """Return the finished variants that the plan would train otherwise now, each with its task."""
-    planned = {(cell.task, cell.variant): _settings(cell.recipe.to_dict()) for cell in grid.planned}
-    known = [at for at in grid.found if at in planned]
-    return [" ".join(at) for at in known if _settings(grid.found[at][0]["recipe"]) != planned[at]]
 
 
 def _of(lines: Lines, name: str) -> list[str]:
@@ -196,8 +195,9 @@ def _method(grids: Sequence[Grid]) -> list[str]:
         "  teacher's probabilities of the labels, q the student's.",
         "- Differences are of pairs: students of one task, teacher and seed. Brackets are 95% intervals of a bootstrap that",
         f"  draws dev rows and seeds anew, the same ones for both sides ({RESAMPLES:,} draws). What another teacher would have",
-        "  changed is not in them. With one seed they say nothing of how seeds differ; with a few they are wide where seeds",
-        "  differ little, and narrow where they differ much.",
+        "  changed is not in them. With one seed they say nothing of how seeds differ. With 2 or 3 they are about right where",
+        "  seeds differ little beside rows, and too narrow where they differ much (in simulations 7 or 8 of 10 then held the",
+        "  truth, not 9.5).",
     ]
 
 
@@ -213,7 +213,7 @@ def _grid(grid: Grid, latency: Mapping[str, Any], *, figures: Path, out: Path) -
     if not grid.found:
         yield "No student of this grid is finished: its tables are left out."
         return
-    yield from ["Teachers:", "", *_teachers(grid)]
+    yield from ["Teachers:", "", *_teachers(grid), *settings_section(grid)]
     for task in grid.tasks:
         yield from ["", f"### {grid.name}, {task}", ""]
         if not grid.of_task(task):
@@ -223,8 +223,8 @@ def _grid(grid: Grid, latency: Mapping[str, Any], *, figures: Path, out: Path) -
         yield from _deployed(grid, task, latency.get(task))
         pictures = {
             variant: draw_flows(lines, name=f"{grid.name}-{task}-{variant}", folder=figures)
-            for variant in DRAWN
-            if (lines := grid.lines(task, variant))
+            for variant in grid.variants
+            if (lines := grid.lines(task, variant)) and lines[0]["recipe"]["distill"]["mapping"] in SOLVED
         }
         yield from ["", *_maps(pictures, page=out)]
     yield from ["", f"### {grid.name}, all tasks", "", *_pooled(grid)]
@@ -244,7 +244,10 @@ def _teachers(grid: Grid) -> list[str]:
     found = table(["task", "teacher, PyTorch fp32", "MB", "train rows", "dev rows"], rows)
     several = [task for task in grid.tasks if len({line["sha256"]["teacher"] for line in grid.of_task(task)}) > 1]
     if several:
-        found += ["", f"Teachers of equal settings differ between machines on {listed(several)}; pairs share theirs."]
+        found += [
+            "",
+            f"There are several teachers of {listed(several)}, of one setting; the last is shown, and pairs share theirs.",
+        ]
     return found
 
 
@@ -270,23 +273,22 @@ def _task(grid: Grid, task: str) -> list[str]:
 
 
 def _pooled(grid: Grid) -> list[str]:
-    head = ["mapping", "tasks", "pairs", f"accuracy - {BASE} [95%]", f"agreement - {BASE} [95%]", f"KL / {BASE} [95%]"]
+    head = ["mapping", "against", "tasks", "pairs", "accuracy [95%]", "agreement [95%]", "KL, ratio [95%]"]
     head += ["rows lost, gained", "McNemar's p"]
     rows = []
-    for variant in grid.variants:
-        if variant == BASE:
-            continue
-        sides = grid.sides(variant, BASE)
+    pairs = [(variant, BASE) for variant in grid.variants if variant != BASE]
+    for variant, base in [*pairs, *(pair for pair in AGAINST if set(pair) <= set(grid.variants))]:
+        sides = grid.sides(variant, base)
         accuracy, counts = pooled_difference(sides, "accuracy"), pooled_mcnemar(sides)
         if accuracy is None or counts is None:
-            rows.append([variant, f"0 of {len(sides)}", "0", "no pair yet", *[""] * 4])
+            rows.append([variant, base, f"0 of {len(sides)}", "0", "no pair yet", *[""] * 4])
             continue
-        row = [variant, f"{accuracy.tasks} of {len(sides)}", str(accuracy.pairs), signed(accuracy, "accuracy")]
+        row = [variant, base, f"{accuracy.tasks} of {len(sides)}", str(accuracy.pairs), signed(accuracy, "accuracy")]
         row += [signed(pooled_difference(sides, "agreement"), "agreement"), ratio_text(pooled_kl_ratio(sides))]
         rows.append([*row, f"{counts.lost}, {counts.gained}", f"{counts.p:.3g}"])
     return [
-        f"Differences to `{BASE}` are means over tasks. KL is the geometric mean over tasks of the ratios; below 1 is nearer",
-        f"to the teacher. Lost and gained are dev rows, once per seed, that only `{BASE}` or only the other mapping has right.",
+        "Differences are means over tasks. KL is the geometric mean over tasks of the ratios; below 1 is nearer to the",
+        "teacher. Lost and gained are dev rows, once per seed, that only the second or only the first mapping has right.",
         "Rows of several seeds are not independent, so the p describes and the intervals decide.",
         "",
         *table(head, rows),
@@ -346,68 +348,7 @@ def _times(one: Mapping[str, Any]) -> list[str]:
 
 def _maps(pictures: Mapping[str, Mapping[str, Picture]], *, page: Path) -> list[str]:
     if not any(pictures.values()):
-        return [f"No flows of {listed(DRAWN)} yet: their maps are left out."]
+        return [f"No flows of {listed(SOLVED)} yet: their maps are left out."]
     words = "Flows at the end of training, mean over seeds, in percent of the mass; cells below 0.1 are left blank:"
     rows = [[name, *(cell or NOT_RUN for cell in cells)] for name, cells in picture_rows(pictures, page=page)]
     return [words, "", *table(["mapping", "attention scores", "hidden states"], rows)]
-
-
-def _tuning(grid: Grid, plan: Mapping[str, Any], lines: Lines) -> Iterator[str]:
-    entry = plan["grids"].get(grid.name, {})
-    if not lines:
-        yield "No setting was tried yet: the table is left out." if "tuning" in entry else "No setting was tried here."
-        return
-    planned = list(cells(plan, grid.name, tuning=True)) if grid.planned else []
-    chosen = {(cell.task, cell.variant): _settings(cell.recipe.to_dict()) for cell in grid.planned}
-    share = sorted({line["held_out"] for line in lines})
-    yield f"Measured on {listed([f'{100 * part:g}%' for part in share])} of train, held out, without dev. Sorted by KL."
-    counts = Counter(line["variant"] for line in {line["key"]: line for line in lines}.values())
-    yield f"Settings tried by mapping: {listed([f'`{name}` {counts[name]}' for name in grid.variants])}."
-    tried_on = list(dict.fromkeys(line["task"] for line in lines))
-    for task in [task for task in grid.tasks if task not in tried_on and task in entry.get("tasks", {})]:
-        own = entry["tasks"][task]["variants"]
-        chosen_on = [one for one in tried_on if entry["tasks"].get(one, {}).get("variants") == own]
-        words = f"; its mappings have the settings of {listed(chosen_on)}" if chosen_on else ""
-        yield f"Nothing was tried on {task}{words}."
-    for task in dict.fromkeys([cell.task for cell in planned] + [line["task"] for line in lines]):
-        tried = same_origin([line for line in lines if line["task"] == task]) if lines else []
-        yield from ["", f"{task}:", ""]
-        missing = {cell.key: cell for cell in planned if cell.task == task} if tried else {}
-        yield from _tried(task, tried, missing, chosen) if tried else [f"All {NOT_RUN}: the table is left out."]
-
-
-def _tried(
-    task: str, lines: Lines, planned: Mapping[str, Cell], chosen: Mapping[tuple[str, str], Mapping[str, Any]]
-) -> list[str]:
-    by_key: dict[str, list[Line]] = {}
-    for line in lines:
-        by_key.setdefault(line["key"], []).append(line)
-    entries = [(of[0]["variant"], _settings(of[0]["recipe"]), of) for of in by_key.values()]
-    entries += [
-        (cell.variant, _settings(cell.recipe.to_dict()), []) for key, cell in planned.items() if key not in by_key
-    ]
-    plain = dataclasses.asdict(DistillSettings())
-    every = [settings for _, settings, _ in entries]
-    names = [name for name in every[0] if name != "mapping" and any(one[name] != plain[name] for one in every)]
-    shared = [name for name in names if len(entries) > 1 and all(one[name] == every[0][name] for one in every)]
-    metrics = metric_names(lines)
-    rows = []
-    for variant, settings, of in sorted(entries, key=lambda entry: _order(entry[2])):
-        own = [f"{name} {settings[name]}" for name in names if name not in shared and settings[name] != plain[name]]
-        values = [spread(of, name) for name in (*metrics, "agreement", "kl")] if of else [NOT_RUN]
-        values += [""] * (len(metrics) + 2 - len(values))
-        mark = "chosen" if chosen.get((task, variant)) == settings else ""
-        rows.append([variant, ", ".join(own) or "as by default", str(len(of)), *values, mark])
-    words = [f"For all: {', '.join(f'{name} {every[0][name]}' for name in shared)}.", ""] if shared else []
-    return [*words, *table(["mapping", "settings", "seeds", *metrics, "agreement", "KL", "in glue.yaml"], rows)]
-
-
-def _order(lines: Lines) -> float:
-    found = mean_sd(lines, "kl")
-    return float("inf") if found is None else found[0]
-
-
-def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's settings of the distillation without the seed; those that came after the record as by default."""
-    found = dataclasses.asdict(DistillSettings()) | recipe["distill"]
-    return {name: value for name, value in found.items() if name != "seed"}

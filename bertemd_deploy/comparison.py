@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,6 @@ from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier
 from bertemd_deploy.resampling import RESAMPLES, bootstrap, metric_of_units
 from bertemd_deploy.settings import MAPPINGS
-from bertemd_deploy.settings import Mapping as MappingName
 from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs
 from bertemd_deploy.students import student_shape
 
@@ -145,8 +144,8 @@ def compare_mappings(
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     variants = {(name, seed): _variant(recipe, name, seed) for name in mappings for seed in seeds}
     layers = student_shape(recipe.student, check_folder(teacher)).layers
-    for name in mappings:  # refuse what cannot work before the first student, not after the last but one
-        LayerMapping(cast("MappingName", name), sizes(check_folder(teacher)).layers, layers)
+    for variant in variants.values():  # refuse what cannot work before the first student, not after the last but one
+        LayerMapping.of(variant.distill, sizes(check_folder(teacher)).layers, layers)
     shared = {"data": data.sha256, "max_length": max_length}
     given = distill_inputs(recipe, teacher, shared)
     given["distill"] = {key: value for key, value in given["distill"].items() if key not in ("mapping", "seed")}

@@ -116,17 +116,7 @@ def distill(
         from bertemd_deploy.quantization.aware import prepare
 
         aware = prepare(trained.student, first_step=(first_aware - 1) * math.ceil(len(train) / settings.batch_size))
-    mapping = LayerMapping(
-        settings.mapping,
-        sizes["teacher_layers"],
-        sizes["student_layers"],
-        mode=settings.cost_attention,
-        temperature=settings.emd_temperature,
-        separate=settings.separate_marginals,
-        momentum=settings.marginal_momentum,
-        mass=settings.transported_mass,
-        intermediate=settings.mapped_layers == "intermediate",
-    )
+    mapping = LayerMapping.of(settings, sizes["teacher_layers"], sizes["student_layers"])
     bfloat16 = trains_in_bfloat16(settings.precision)
     if bfloat16:
         keep_products_in_bfloat16(teacher)

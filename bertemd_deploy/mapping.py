@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bertemd_deploy.emd import CostAttention, cost_attention, solve_flow, uniform_weights
 from bertemd_deploy.errors import EmdError, RecipeError
-from bertemd_deploy.settings import Mapping
+from bertemd_deploy.settings import DistillSettings, Mapping
 
 SIDES = ("attention", "hidden")
 
@@ -72,6 +72,25 @@ class LayerMapping:
         )
         self.marginals = dict.fromkeys(SIDES, start)
 
+    @classmethod
+    def of(cls, settings: DistillSettings, teacher_layers: int, student_layers: int) -> LayerMapping:
+        """Return the mapping that the settings ask for, with uniform marginals.
+
+        Raises:
+            RecipeError: it leaves a one-layer student nothing to learn.
+        """
+        return cls(
+            settings.mapping,
+            teacher_layers,
+            student_layers,
+            mode=settings.cost_attention,
+            temperature=settings.emd_temperature,
+            separate=settings.separate_marginals,
+            momentum=settings.marginal_momentum,
+            mass=settings.transported_mass,
+            intermediate=settings.mapped_layers == "intermediate",
+        )
+
     @property
     def solves(self) -> bool:
         """Whether the flows depend on the costs of the whole batch."""
@@ -90,11 +109,17 @@ class LayerMapping:
         used = fixed_flow(self.kind, self.teacher_layers, self.student_layers).any(1)
         return [int(row) for row in torch.nonzero(used).flatten()]
 
+    @property
+    def columns(self) -> list[int]:
+        """The student layers that are compared at all."""
+        left_out = self.left_out if self.solves else int(self.kind in ("skip", "last"))
+        return list(range(self.student_layers - left_out))
+
     def step(self, costs: Tensor | None = None) -> dict[str, Tensor]:
         """Return the flows of one step by side, (M, N) float64 of mass 1, and move the marginals on.
 
         Args:
-            costs: (2, rows, N) attention and hidden costs of the whole batch, for mappings that solve; detached.
+            costs: (2, rows, columns) attention and hidden costs of the whole batch, for mappings that solve; detached.
 
         Raises:
             EmdError: a cost is not finite or the flow cannot be solved.
@@ -104,10 +129,7 @@ class LayerMapping:
             return self.flows
         if costs is None:
             raise EmdError(f"distill.mapping {self.kind}: a flow cannot be solved without costs.")
-        compared = costs.detach().to("cpu", torch.float64)[
-            ..., : self.student_layers - self.left_out
-        ]  # one copy for both
-        on_host = dict(zip(SIDES, compared, strict=True))
+        on_host = dict(zip(SIDES, costs.detach().to("cpu", torch.float64), strict=True))  # one copy for both matrices
         used = self.marginals
         self.flows = {
             side: solve_flow(

@@ -94,7 +94,7 @@ class Objective:
         self.bfloat16, self.processes = bfloat16, processes or Processes()
         self.layers = settings.mapping != "none"
         self.teacher = teacher
-        self.rows = mapping.rows if self.layers else []
+        self.rows, self.columns = (mapping.rows, mapping.columns) if self.layers else ([], [])
         self.relative = settings.cost_scale == "relative"
         self.needs_batch_costs = self.layers and (mapping.solves or self.relative)
         self.read_teacher = LayerReader(teacher) if self.layers else None
@@ -171,7 +171,7 @@ class Objective:
             return self._costs(self._teacher(part), self._student(part), part, batch)
 
     def _costs(self, teacher: LayerOutputs, student: LayerOutputs, part: Part, batch: Batch) -> Tensor:
-        """Return the part's (2, rows, N) share of the attention and hidden costs.
+        """Return the part's (2, rows, columns) share of the attention and hidden costs.
 
         With relative costs a further column holds the teacher layers' mean squares: their cost against a layer of zeros.
         """
@@ -179,8 +179,8 @@ class Objective:
         chosen = [
             [layers[row] for row in self.rows] for layers in (teacher.queries, teacher.keys, teacher.hidden_states)
         ]
-        queries, keys = list(student.queries), list(student.keys)
-        projected = [self.trained.project(hidden) for hidden in student.hidden_states]
+        queries, keys = ([layers[column] for column in self.columns] for layers in (student.queries, student.keys))
+        projected = [self.trained.project(student.hidden_states[column]) for column in self.columns]
         if self.relative:
             for layers in (queries, keys, projected):
                 layers.append(torch.zeros_like(layers[0]))
@@ -189,7 +189,7 @@ class Objective:
         return torch.stack([attention * (part.squares / batch.squares), hidden * (part.tokens / batch.tokens)])
 
     def _flows(self, costs: Tensor) -> dict[str, Tensor]:
-        """Return the weights (rows, N) of the step's costs, by side, from this process's share of the costs.
+        """Return the weights (rows, columns) of the step's costs, by side, from this process's share of the costs.
 
         They are the flows; where costs are relative, sum_ij F_ij C_ij / S_i, the flows over the teacher layers' mean squares.
         """
@@ -206,10 +206,10 @@ class Objective:
         }
 
     def _chosen(self, flows: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {side: flow[self.rows] for side, flow in flows.items()}
+        return {side: flow[self.rows][:, self.columns] for side, flow in flows.items()}
 
     def _zero(self) -> Tensor:
-        columns = self.mapping.student_layers + (1 if self.relative else 0)
+        columns = len(self.columns) + (1 if self.relative else 0)
         return torch.zeros(2, len(self.rows), columns, device=self.device)
 
     def _layer_losses(
@@ -221,7 +221,7 @@ class Objective:
         part: Part,
         batch: Batch,
     ) -> dict[str, Tensor]:
-        costs = costs[..., : self.mapping.student_layers]
+        costs = costs[..., : len(self.columns)]
         found = {side: emd_loss(cost, flows[side]) for side, cost in zip(SIDES, costs, strict=True)}
         mask = part.inputs["attention_mask"].bool()
         # L_emb = mean((W e_student - e_teacher)^2): the cost of one layer against one.

@@ -226,6 +226,12 @@ def test_what_cannot_work_is_refused_before_the_first_student(
     write_recipe(recipe, teacher, data)
     told = call("distill", recipe, "--compare", "emd,skip", "--out", tmp_path / "out", "--set", "student.layers=1")
     assert (told.exit_code, told.stderr) == (2, "error: distill.mapping: skip needs a student of at least 2 layers.\n")
+    one, between = ("--set", "student.layers=1"), ("--set", "distill.mapped_layers=intermediate")
+    told = call("distill", recipe, "--compare", "uniform,emd", "--out", tmp_path / "out", *one, *between)
+    assert (told.exit_code, told.stderr) == (
+        2,
+        "error: distill.mapped_layers: intermediate needs a student of at least 2 layers.\n",
+    )
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")

@@ -59,6 +59,19 @@ def steps(out: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "losses" in line]
 
 
+@pytest.mark.parametrize("mapping", ["emd", "emd-fixed"])
+def test_flows_between_intermediate_layers_reach_no_last_layer(tiny_task: Task, tmp_path: Path, mapping: str) -> None:
+    teacher, data = tiny_task()
+    train(teacher, data, tmp_path / "student", mapping=mapping, mapped_layers="intermediate")
+    for line in steps(tmp_path / "student"):
+        for side in ("attention", "hidden"):
+            flow = np.array(line[f"{side}_flow"])
+            assert flow.shape == (4, 2)
+            np.testing.assert_allclose(flow[:3, 0].sum(), 1.0)
+            assert (flow[3] == 0).all()
+            assert (flow[:, 1] == 0).all()
+
+
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_every_mapping_trains(tiny_task: Task, tmp_path: Path, mapping: str) -> None:
     teacher, data = tiny_task()

@@ -38,7 +38,7 @@ def build(kind: Kind = "classification", *, dropout: float = 0.0, **settings: An
         attention_probs_dropout_prob=dropout,
     )
     trained = Distiller(student, student_hidden=32, teacher_hidden=32, project=given.mapping != "none", seed=0)
-    mapping = LayerMapping(given.mapping, 4, 2)
+    mapping = LayerMapping.of(given, 4, 2)
     trained.train()
     return Objective(teacher, trained, mapping, given, kind=kind)
 
@@ -61,13 +61,15 @@ def data_of(kind: Kind) -> DataSlice:
 
 
 @pytest.mark.parametrize("kind", ["classification", "token-classification", "question-answering"])
-@pytest.mark.parametrize("mapping", ["emd", "uniform", "none"])
+@pytest.mark.parametrize("mapping", ["emd", "emd between intermediate layers", "uniform", "skip", "none"])
 @pytest.mark.parametrize(
     ("reduction", "scale"), [("batch", "absolute"), ("element", "absolute"), ("batch", "relative")]
 )
 def test_parts_add_up_to_the_whole(kind: Kind, mapping: str, reduction: str, scale: str) -> None:
-    data = data_of(kind)
-    whole, parts = (build(kind, mapping=mapping, reduction=reduction, cost_scale=scale) for _ in range(2))
+    data, (mapping, _, layers) = data_of(kind), mapping.partition(" between ")
+    mapped = layers.removesuffix(" layers") or "all"
+    settings = {"mapping": mapping, "reduction": reduction, "cost_scale": scale, "mapped_layers": mapped}
+    whole, parts = (build(kind, **settings) for _ in range(2))
     for objective in (whole, parts):  # in float64, so that rounding hides nothing
         objective.teacher.double()
         objective.trained.double()
@@ -117,7 +119,7 @@ def test_relative_costs_are_over_the_teacher_layers_mean_squares(monkeypatch: py
     outcome, gradients = one_step(objective, batch)
     for at, side in enumerate(SIDES):
         relative = given[0][at].double() / torch.stack(squares[side])[objective.rows][:, None].double()
-        flow = objective.mapping.flows[side][objective.rows]
+        flow = objective.mapping.flows[side][objective.rows][:, objective.columns]
         torch.testing.assert_close(outcome.parts[side].double(), (relative * flow).sum(), rtol=1e-4, atol=1e-6)
         if mapping == "emd":  # the flow is solved on them
             torch.testing.assert_close(solved[0][at].double(), relative, rtol=1e-4, atol=1e-6)

@@ -92,10 +92,11 @@ def flow_maps(distillation: Any, kind: str, *, name: str = "") -> Drawing | None
 
 
 def _strongest(flow: Matrix) -> str:
-    places = [
-        f"teacher {int(np.argmax(flow[:, column])) + 1} to student {column + 1}" for column in range(flow.shape[1])
-    ]
-    return "the strongest flow into each student layer goes from " + ", ".join(places)
+    reached = flow.any(axis=0)
+    places = [f"teacher {int(np.argmax(flow[:, at])) + 1} to student {at + 1}" for at in np.flatnonzero(reached)]
+    told = "the strongest flow into each student layer goes from " + ", ".join(places)
+    left = [str(at + 1) for at in np.flatnonzero(~reached)]
+    return told + (f"; none goes to student {', '.join(left)}" if left else "")
 
 
 def _numbers(axes: Axes, values: Matrix, *, top: float, size: float) -> None:

@@ -30,7 +30,10 @@ def test_flow_cells_hold_percent_of_the_mass_and_small_ones_stay_blank() -> None
     assert "0.1" not in texts(drawing.svg)
     assert "first step, 1" in texts(drawing.svg)
     assert "3 teacher and 2 student layers" in drawing.alternative
-    assert "teacher 1 to student 1, teacher 2 to student 2" in drawing.alternative
+    assert "teacher 1 to student 1, teacher 2 to student 2." in drawing.alternative
+    between = flow_maps({"first": {"step": 1, "attention_flow": [[1.0, 0.0], [0.0, 0.0]]}, "last": None}, "attention")
+    assert between is not None
+    assert "goes from teacher 1 to student 1; none goes to student 2." in between.alternative
 
 
 def test_both_maps_share_one_colour_scale() -> None:
