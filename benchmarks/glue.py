@@ -24,17 +24,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from glue_plan import Cell, cell_data, cells, is_whole, read_lines, read_plan  # noqa: E402
+from glue_plan import GATE_ROWS, ROWS_SEED, Cell, cell_data, cells, is_whole, read_lines, read_plan  # noqa: E402
 
 
 def main() -> None:
@@ -180,19 +183,20 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
     max_length = recipe.data.max_length or data.task.max_length
     teacher = fine_tuned(cell, recipe, data, max_length, options, deadline=deadline)
     out = options.work / "students" / cell.name
-    trained = pipeline.stand_alone(
-        "distill",
-        out,
-        inputs=distill_inputs(recipe, teacher, {"data": data.sha256, "max_length": max_length}),
-        force=False,
-        train=lambda work, **extra: stages.distill_stage(
-            recipe, teacher, data, max_length, work, max_minutes=minutes_until(deadline), **extra
-        ),
-    )
+
+    def train(work: Any, *, beside: Any) -> dict[str, Any]:
+        made_by = {"commit": options.commit}
+        limits = {"max_minutes": minutes_until(deadline)}
+        write = {"beside": lambda folder, record: beside(folder, record | made_by)}
+        return stages.distill_stage(recipe, teacher, data, max_length, work, **limits, **write) | made_by
+
+    inputs = distill_inputs(recipe, teacher, {"data": data.sha256, "max_length": max_length})
+    trained = pipeline.stand_alone("distill", out, inputs=inputs, force=False, train=train)
     artifact: Path | None = None
     if not cell.held_out:  # settings are chosen by the student alone
         artifact = cell.artifact_folder(options.work)
-        stages.export_stage(recipe, out, artifact, force=True)
+        with judged_on_train(out, data, max_length) as student:
+            stages.export_stage(recipe, student, artifact, force=True)
     measured = measure(out, artifact, teacher)
     if artifact is not None and not cell.first:  # one of each is kept, to be timed
         shutil.rmtree(artifact)
@@ -204,7 +208,6 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
         **{name: getattr(cell, name) for name in kept},
         "held_out": cell.held_out,
         "recipe": cell.recipe.to_dict(),
-        "commit": options.commit,
         "sha256": {
             "data": data.sha256,
             "encoder": sha256_file(options.encoder / WEIGHTS),
@@ -213,12 +216,35 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {name: device.get(name) for name in ("cpu", "isa", "cores", "threads")},
         "threads": torch.get_num_threads(),
-        **{name: trained[name] for name in ("steps", "tokens", "seconds", "train_rows", "precision", "best_epoch")},
+        **{
+            name: trained[name]
+            for name in ("commit", "steps", "tokens", "seconds", "train_rows", "precision", "best_epoch")
+        },
         "epochs": distillation["dev"],
         "flows": {name: distillation[name] for name in ("first", "last")}
         | {"marginals": distillation["marginals"][-1:]},
+        "int8_judged_on": "train",
         **measured,
     }
+
+
+@contextlib.contextmanager
+def judged_on_train(folder: Path, data: Any, max_length: int) -> Iterator[Path]:
+    """Yield a student's folder whose gates judge on rows of train in the place of dev, on which nothing is to be chosen."""
+    from bertemd_deploy.artifact import write_slices
+    from bertemd_deploy.checkpoints import checked_encoder
+    from bertemd_deploy.facts import SLICES, read_student
+
+    train = data.splits["train"]
+    order = np.random.default_rng(ROWS_SEED).permutation(len(train))
+    encoder = checked_encoder(folder, max_length=max_length)
+    rows = train.select(sorted(order[:GATE_ROWS].tolist())).encode(encoder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-judged-") as held:
+        copy = Path(held) / folder.name
+        shutil.copytree(folder, copy, copy_function=os.link)
+        (copy / SLICES).unlink()  # the link, not the student's own
+        write_slices(copy / SLICES, {"evaluation": rows, "calibration": read_student(folder).calibration})
+        yield copy
 
 
 def fine_tuned(

@@ -19,7 +19,8 @@ from bertemd_deploy.errors import RecipeError
 from bertemd_deploy.files import sha256_json
 
 PLAN = Path(__file__).with_name("glue.yaml")
-HELD_OUT_SEED = 20201116  # any fixed number: the same rows are held out for every setting
+ROWS_SEED = 20201116  # any fixed number: the same rows are held out for every setting, and judge every int8 graph
+GATE_ROWS = 1000  # of train, on which the form of int8 is chosen
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class Cell:
 
 
 def key_of(grid: str, variant: str, recipe: Recipe, *, held_out: float) -> str:
-    """Return the hash of everything that a student depends on but its seed."""
-    given = _given(recipe, ("teacher", "data", "student", "distill", "export", "quantize"))
+    """Return the hash of everything that a student depends on but its seed; what is held out for choices is not exported."""
+    exported = () if held_out else ("export", "quantize")
+    given = _given(recipe, ("teacher", "data", "student", "distill", *exported))
     given["distill"].pop("seed", None)
     return sha256_json({"grid": grid, "variant": variant, "recipe": given, "held_out": held_out})[:16]
 
@@ -171,7 +173,7 @@ def cell_data(cell: Cell, folder: Path) -> Dataset:
     if not cell.held_out:
         return data
     train = data.splits["train"]
-    order = np.random.default_rng(HELD_OUT_SEED).permutation(len(train))
+    order = np.random.default_rng(ROWS_SEED).permutation(len(train))
     count = round(len(train) * cell.held_out)
     splits = {
         "train": train.select(sorted(order[count:].tolist())),

@@ -178,13 +178,9 @@ def _of(lines: Lines, name: str) -> list[str]:
 
 def _method(grids: Sequence[Grid]) -> list[str]:
     chosen = [line for grid in grids for lines in grid.found.values() for line in lines if _chosen_on_dev(line)]
-    words = (
-        "Nothing is chosen on dev: students and teachers keep their last epoch, and int8 graphs are taken as they come."
-    )
+    words = "Nothing is chosen on dev: students and teachers keep their last epoch, and the form of int8 is chosen on train."
     if chosen:
-        words = (
-            f"In {len(chosen)} line(s) an epoch or int8 layers were chosen on dev; their numbers are too good for it."
-        )
+        words = f"In {len(chosen)} line(s) an epoch or the form of int8 was chosen on dev; their numbers are too good for it."
     return [
         f"- Choices. {words}",
         "  Settings are chosen on a part of train that is held out: the last table of a grid shows what was tried for each",
@@ -206,7 +202,7 @@ def _chosen_on_dev(line: Line) -> bool:
     epochs = {recipe["distill"].get("keep_epoch")}
     if recipe["teacher"].get("finetune") != "never":
         epochs.add(recipe["teacher"].get("keep_epoch"))
-    return epochs != {"last"} or recipe["quantize"].get("max_drop", 1.0) < 100
+    return epochs != {"last"} or line.get("int8_judged_on") != "train"
 
 
 def _grid(grid: Grid, latency: Mapping[str, Any], *, figures: Path, out: Path) -> Iterator[str]:

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bertemd_deploy.artifact import Artifact
+from bertemd_deploy.facts import read_student
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 Task = Callable[..., tuple[Path, Path]]
 
@@ -109,6 +112,10 @@ def test_a_line_says_what_was_trained_and_what_came_out(grid, tmp_path: Path) ->
         assert model["agreement"] == model["metrics"]["accuracy"]
         assert model["kl"] == pytest.approx(np.mean(model["kls"]), abs=1e-5)
         assert min(model["kls"]) >= 0
+    artifact = Artifact.load(tmp_path / "work" / "artifacts" / "tiny-small-emd-seed1")
+    assert (len(artifact.evaluation()), emd["int8_judged_on"]) == (emd["train_rows"], "train")
+    (student,) = (tmp_path / "work" / "students").glob("tiny-small-emd-*-seed1")
+    assert len(read_student(student).evaluation) == emd["dev_rows"]
     assert emd["models"]["fp32"]["kl"] == pytest.approx(emd["models"]["torch"]["kl"], rel=1e-3)
 
 

@@ -29,7 +29,7 @@ grids:
   minilm-4l:
     encoder: minilm
     student: {name: 4L}
-    quantize: {mode: dynamic, max_drop: 100}
+    quantize: {mode: dynamic}
     variants:
       none: {mapping: none}
       uniform: {mapping: uniform}
@@ -104,9 +104,9 @@ def line(variant: str, *, task: str = "mrpc", seed: int = 1, right: int = 130, *
             "teacher": {"keep_epoch": "last"},
             "data": {"path": task},
             "distill": {"mapping": variant, "keep_epoch": "last"},
-            "quantize": {"max_drop": 100},
         },
         "commit": "0123456789ab",
+        "int8_judged_on": "train",
         "sha256": {"data": "of the task", "encoder": "of the grid", "teacher": "of the task"},
         "finished": f"2026-01-01T00:00:0{seed}+00:00",
         "machine": {"cpu": "a CPU", "cores": 2},
@@ -526,6 +526,6 @@ def test_choices_on_dev_and_changed_settings_are_said(lines, tmp_path) -> None:
     for one in first:
         one["recipe"]["distill"]["keep_epoch"] = "best"
     page = write(tmp_path / "page", lines)
-    assert f"In {len(first)} line(s) an epoch or int8 layers were chosen on dev" in page
+    assert f"In {len(first)} line(s) an epoch or the form of int8 was chosen on dev" in page
     assert "no longer those of `glue.yaml`: mrpc none." in page
     assert "Nothing is chosen on dev" not in page
