@@ -45,6 +45,7 @@ def write_results(
     out: Path = HERE / "RESULTS.md",
     figures: Path = HERE / "figures",
     readme: Path | None = HERE.parent / "README.md",
+    findings: Path = HERE / "glue-findings.md",
 ) -> None:
     """Write the page, its figures and the README's table from the records alone.
 
@@ -55,13 +56,15 @@ def write_results(
         out: the page.
         figures: folder of the flows' maps.
         readme: text whose table between `MARKS` is replaced; None leaves it out.
+        findings: what a person made of the records, for the page; may be absent.
     """
     plan = read_plan()
     lines, tuning = read_lines(lines_path), read_lines(tuning_path)
     latency = json.loads(latency_path.read_text(encoding="utf-8"))["grids"] if latency_path.exists() else {}
     names = dict.fromkeys([*plan["grids"], *(line["grid"] for line in (*lines, *tuning))])
     grids = [read_grid(name, plan, [line for line in lines if line["grid"] == name]) for name in names]
-    text = [*_intro(grids, plan), *verdict_lines(grids)]
+    words = findings.read_text(encoding="utf-8").splitlines() if findings.exists() else []
+    text = [*_intro(grids, plan), *verdict_lines(grids), *(["", "## What was found", "", *words] if words else [])]
     for grid in grids:
         text += ["", f"## Grid {grid.name}", "", *_grid(grid, latency.get(grid.name, {}), figures=figures, out=out)]
         text += [
@@ -139,7 +142,8 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
     yield "# GLUE: does the student hold up, and does EMD earn its keep?"
     yield ""
     yield "Written by `python benchmarks/glue.py --table` from `results/glue.jsonl`, `results/glue-tuning.jsonl` and, where it"
-    yield "exists, `results/glue-latency.json`. Change the records or the plan (`glue.yaml`), not this page."
+    yield "exists, `results/glue-latency.json`; what was found is said in `glue-findings.md`. Change the records, the plan"
+    yield "(`glue.yaml`) or the findings, not this page."
     yield ""
     yield "## What was run"
     yield ""
