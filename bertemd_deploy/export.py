@@ -288,7 +288,7 @@ def _write_int8(
         learnt: dict[str, Any] = {}
         if trained is not None:
             ranges = graph_ranges(build.graphs[source], student=model, trained=trained)
-            learnt = {"trained_ranges": ranges, "granularities": (trained.per_channel,)}
+            learnt = {"trained_ranges": ranges, "per_channel": trained.per_channel}
         search = Int8Search(
             build.graphs[source],
             fused=source == "fused",

@@ -62,7 +62,7 @@ def search(
 
 def test_the_first_setting_that_keeps_the_accuracy_is_taken(graph: onnx.ModelProto, tmp_path: Path) -> None:
     found = search(graph, tmp_path / "m.onnx", max_drop=20).run(tmp_path / "q.onnx", out=tmp_path)
-    assert (found.per_channel, found.excluded, found.passed) == (False, [], True)
+    assert (found.per_channel, found.excluded, found.passed) == (True, [], True)
     assert (found.mode, found.method) == ("dynamic", None)
     assert (tmp_path / "q.onnx").is_file()
 
@@ -73,9 +73,9 @@ def test_the_operator_that_loses_the_accuracy_is_found_and_left_in_float(tmp_pat
     hard = search(fp32, tmp_path / "m.onnx", max_drop=15, model=model)
     assert hard.reference == 1
     found = hard.run(tmp_path / "model_quantized.onnx", out=tmp_path)
-    assert [trial.passed for trial in hard.trials] == [False, False, False, True]
-    assert [trial.per_channel for trial in hard.trials] == [False, True, True, True]
-    assert [trial.activations for trial in hard.trials] == ["per-tensor", "per-tensor", "per-row", "per-row"]
+    assert [trial.passed for trial in hard.trials] == [False, False, True]
+    assert [trial.per_channel for trial in hard.trials] == [True, True, True]
+    assert [trial.activations for trial in hard.trials] == ["per-tensor", "per-row", "per-row"]
     assert found.excluded == ["/layers.0/intermediate/MatMul"]
     assert found.drop_points is not None
     assert found.drop_points <= 15
@@ -92,7 +92,7 @@ def test_no_setting_passes(graph: onnx.ModelProto, tmp_path: Path) -> None:
     assert "a scale per column, one per row of activations with 4 operators in fp32" in message
     assert "Kept as model_quantized.rejected.onnx" in message
     assert (tmp_path / "out/onnx/model_quantized.rejected.onnx").is_file()
-    assert len(impossible.trials) == 3 + sum(count < len(operators(graph)) for count in EXCLUSIONS)
+    assert len(impossible.trials) == 2 + sum(count < len(operators(graph)) for count in EXCLUSIONS)
 
 
 def test_outputs_that_are_not_finite_are_a_miss(graph: onnx.ModelProto, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_static_int8_is_calibrated_by_the_method_that_stays_closest_to_fp32(fuse
     fp32 = portable_graph(MODEL, exporter="torchscript", opset=17)
     if fused:
         fp32 = fuse(fusable_graph(MODEL, exporter="torchscript", opset=17), layers=2, heads=4, hidden=32, opset=17)[0]
-    sought = search(fp32, tmp_path / "m.onnx", max_drop=20, fused=fused, mode="static", granularities=(True,))
+    sought = search(fp32, tmp_path / "m.onnx", max_drop=20, fused=fused, mode="static")
     found = sought.run(tmp_path / "q.onnx", out=tmp_path)
     assert [trial.mode for trial in sought.trials] == ["static"]
     assert (found.graph, found.per_channel) == ("fused-int8" if fused else "int8", True)
@@ -133,7 +133,6 @@ def test_static_int8_is_calibrated_by_the_method_that_stays_closest_to_fp32(fuse
             max_drop=100,
             fused=fused,
             mode="static",
-            granularities=(True,),
             trained_ranges=ranges,
         )
         assert trained.run(tmp_path / "other.onnx", out=tmp_path).method == "training"
@@ -148,7 +147,6 @@ def test_static_trials_go_the_same_way_as_dynamic_ones(tmp_path: Path) -> None:
     hard = search(fp32, tmp_path / "m.onnx", max_drop=15, model=model, mode="static")
     found = hard.run(tmp_path / "model_quantized.onnx", out=tmp_path)
     assert [(trial.per_channel, len(trial.excluded), trial.passed) for trial in hard.trials] == [
-        (False, 0, False),
         (True, 0, False),
         (True, 1, True),
     ]
@@ -159,7 +157,7 @@ def test_static_trials_go_the_same_way_as_dynamic_ones(tmp_path: Path) -> None:
 
 def test_a_static_miss_names_the_method(graph: onnx.ModelProto, tmp_path: Path) -> None:
     impossible = search(graph, tmp_path / "m.onnx", max_drop=-1, mode="static")
-    with pytest.raises(GateError, match=r"a scale per matrix, ranges by (minmax|percentile|mse|entropy): "):
+    with pytest.raises(GateError, match=r"a scale per column, ranges by (minmax|percentile|mse|entropy): "):
         impossible.run(tmp_path / "q.onnx", out=tmp_path / "out")
 
 
@@ -183,5 +181,5 @@ def test_a_graph_that_its_batch_moves_too_much_is_passed_over(graph: onnx.ModelP
     found = sought.run(tmp_path / "q.onnx", out=tmp_path)
     assert (found.activations, found.changed_decision_share) == ("per-row", 0)
     rejected = sought.trials[:-1]
-    assert [trial.activations for trial in rejected] == ["per-tensor", "per-tensor"]
+    assert [trial.activations for trial in rejected] == ["per-tensor"]
     assert all(trial.changed_decision_share for trial in rejected)
