@@ -1,8 +1,8 @@
 """The int8 form of a graph that keeps the accuracy: tried from fastest to safest, every trial recorded.
 
-Weights have a scale per column: it takes 1 to 2% more time than one per matrix, and is far nearer to fp32. For dynamic int8
-then a scale for each row of activations, which batch mates cannot move; then the most sensitive operators left in fp32. A
-graph whose decisions depend too much on padding and batch mates is passed over like one that loses too much. Judged on the
+Weights have a scale per column: it takes 1 to 2% more time than one per matrix, and is as a rule nearer to fp32. For dynamic
+int8 then a scale for each row of activations, which batch mates cannot move; then the most sensitive operators left in fp32.
+A graph whose decisions depend too much on padding and batch mates is passed over like one that loses too much. Judged on the
 evaluation slice; sensitivity, and how static int8 is best calibrated, measured on the calibration slice. Where the target's
 CPUs may add int8 products in 16 bits, weights that could overflow these are judged by what such a CPU would compute as well,
 and safer weights are tried where that loses too much. Torch-free.
