@@ -24,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -239,12 +238,15 @@ def judged_on_train(folder: Path, data: Any, max_length: int) -> Iterator[Path]:
     order = np.random.default_rng(ROWS_SEED).permutation(len(train))
     encoder = checked_encoder(folder, max_length=max_length)
     rows = train.select(sorted(order[:GATE_ROWS].tolist())).encode(encoder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-judged-") as held:
-        copy = Path(held) / folder.name
+    copy = folder.with_name(f"{folder.name}-judged")
+    shutil.rmtree(copy, ignore_errors=True)  # of a run that was killed
+    try:
         shutil.copytree(folder, copy, copy_function=os.link)
         (copy / SLICES).unlink()  # the link, not the student's own
         write_slices(copy / SLICES, {"evaluation": rows, "calibration": read_student(folder).calibration})
         yield copy
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 def fine_tuned(

@@ -73,7 +73,14 @@ def grid(monkeypatch: pytest.MonkeyPatch, tiny_task: Task, tmp_path: Path) -> Ca
 
 
 def test_a_grid_is_filled_once(grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import glue_plan
+
+    _, emd = [cell for cell in glue_plan.cells(glue_plan.read_plan(), "tiny", tuning=False) if cell.first]
+    left = tmp_path / "work" / "students" / f"{emd.name}-judged"  # by a run that was killed
+    left.mkdir(parents=True)
+    (left / "model.safetensors").touch()
     first = grid("--variant", "emd")
+    assert not left.exists()
     assert [(line["variant"], line["seed"]) for line in first] == [("emd", 1), ("emd", 2)]
     lines = grid()
     assert lines[:2] == first
