@@ -3,12 +3,12 @@
     python benchmarks/glue.py --grid minilm-4l --data GLUE --encoder FOLDER --work runs/glue --jobs 2
 
 GLUE holds one folder a task (MRPC, SST-2, CoLA, RTE) with train.tsv and dev.tsv; FOLDER is the pretrained encoder that the
-teachers are fine-tuned from. `glue.yaml` says what a grid consists of. Each finished student is one line in
-`results/glue.jsonl` (with --tuning, on a part of train in the place of dev, in `results/glue-tuning.jsonl`): recipe and its
-hash, seed, commit, machine, time, metrics of every epoch, flows and marginals at the end, metrics and fidelity to the teacher
-in PyTorch and of every exported graph, by dev row what paired tests need. What has its line is not run again; killed at any
-moment, the same command goes on. Several may work on one folder at once; --jobs starts them. `--plan` lists what there is to
-do. `--table` writes RESULTS.md from the lines alone.
+teachers are fine-tuned from. `glue.yaml` says what a grid consists of; where its students start from another checkpoint,
+--start is that one's folder. Each finished student is one line in `results/glue.jsonl` (with --tuning, on a part of train in
+the place of dev, in `results/glue-tuning.jsonl`): recipe and its hash, seed, commit, machine, time, metrics of every epoch,
+flows and marginals at the end, metrics and fidelity to the teacher in PyTorch and of every exported graph, by dev row what
+paired tests need. What has its line is not run again; killed at any moment, the same command goes on. Several may work on
+one folder at once; --jobs starts them. `--plan` lists what there is to do. `--table` writes RESULTS.md from the lines alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,17 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from glue_plan import GATE_ROWS, ROWS_SEED, Cell, cell_data, cells, is_whole, read_lines, read_plan  # noqa: E402
+from glue_plan import (  # noqa: E402
+    GATE_ROWS,
+    ROWS_SEED,
+    Cell,
+    cell_data,
+    cells,
+    is_whole,
+    read_lines,
+    read_plan,
+    starts_elsewhere,
+)
 
 
 def main() -> None:
@@ -46,6 +56,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=plan["grids"])
     parser.add_argument("--data", type=Path, help="folder of the tasks' folders")
     parser.add_argument("--encoder", type=Path, help="pretrained encoder of the grid's teachers")
+    parser.add_argument("--start", type=Path, help="checkpoint that the grid's students start from, where they do")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "glue", help="teachers, students, artifacts")
     parser.add_argument("--out", type=Path, help="lines of finished students [results/glue.jsonl or glue-tuning.jsonl]")
     parser.add_argument("--tuning", action="store_true", help="the settings to choose from, on a part of train")
@@ -63,8 +74,12 @@ def main() -> None:
         return
     if not options.grid or not (options.plan or (options.data and options.encoder)):
         parser.error("name --grid with --data and --encoder, or --grid with --plan, or --table")
-    for place in () if options.plan else (options.data, options.encoder):
-        if not place.is_dir():
+    if not options.plan and (options.start is None) == starts_elsewhere(plan["grids"][options.grid]["student"]):
+        parser.error(
+            f"--start: the students of {options.grid} {'need it' if options.start is None else 'have no use for it'}"
+        )
+    for place in () if options.plan else (options.data, options.encoder, options.start):
+        if place is not None and not place.is_dir():
             parser.error(f"{place}: there is no such folder")
     options.commit = commit()  # of the code that runs; the folder may move on while it does
     if options.out is None:
@@ -179,6 +194,8 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
 
     data = cell_data(cell, options.data / cell.folder)
     recipe = replace(cell.recipe, teacher=replace(cell.recipe.teacher, model=str(options.encoder)))
+    if options.start is not None:
+        recipe = replace(recipe, student=replace(recipe.student, init=str(options.start)))
     max_length = recipe.data.max_length or data.task.max_length
     teacher = fine_tuned(cell, recipe, data, max_length, options, deadline=deadline)
     out = options.work / "students" / cell.name
@@ -211,7 +228,8 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
             "data": data.sha256,
             "encoder": sha256_file(options.encoder / WEIGHTS),
             "teacher": sha256_file(teacher / WEIGHTS),
-        },
+        }
+        | ({} if options.start is None else {"start": sha256_file(options.start / WEIGHTS)}),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {name: device.get(name) for name in ("cpu", "isa", "cores", "threads")},
         "threads": torch.get_num_threads(),

@@ -33,7 +33,8 @@ class Cell:
         folder: of its data, in the folder of all data.
         variant: name of the mapping's settings, such as "emd".
         seed: of the student's training.
-        recipe: how it is made, with the encoder's name for `teacher.model` and the task's for `data.path`.
+        recipe: how it is made, with names for what is a folder on the machine that runs it: the encoder's for `teacher.model`,
+            the task's for `data.path`, that of the checkpoint it starts from, if any, for `student.init`.
         first: whether its seed is the task's first.
         held_out: share of train that stands for dev, where settings are chosen; 0 trains on all and measures on dev.
     """
@@ -164,6 +165,11 @@ def _cell(
     }
     recipe = build_recipe(content, where=f"{PLAN.name}: {grid}, {task}, {variant}")
     return Cell(grid, task, own["folder"], variant, seed, recipe, held_out, first=seed == min(own["seeds"]))
+
+
+def starts_elsewhere(student: Mapping[str, Any]) -> bool:
+    """Say whether students of these settings start from a checkpoint that is not the teacher."""
+    return student.get("init", "auto") not in ("auto", "teacher", "random")
 
 
 def cell_data(cell: Cell, folder: Path) -> Dataset:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from glue_bars import BARS, NEEDS, verdict_lines
 from glue_figures import Picture, draw_flows, picture_rows
-from glue_plan import read_lines, read_plan
+from glue_plan import read_lines, read_plan, starts_elsewhere
 from glue_settings import changed, settings_section, tuning_section
 from glue_stats import (
     RESAMPLES,
@@ -26,7 +26,7 @@ from glue_stats import (
     read_grid,
     retention,
 )
-from glue_words import NOT_DEFINED, NOT_MEASURED, NOT_RUN, listed, ratio_text, signed, spread, table
+from glue_words import NOT_DEFINED, NOT_MEASURED, NOT_RUN, listed, ratio_text, signed, spread, student_words, table
 
 from bertemd_deploy.files import write_text
 
@@ -154,7 +154,7 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
         lines = [line for task in grid.tasks for line in grid.of_task(task)]
         total = sum(grid.seeds(task, variant) for task in grid.tasks for variant in grid.variants)
         entry = plan["grids"].get(grid.name)
-        made = f"encoder {entry['encoder']}, student {entry['student']['name']}, " if entry else ""
+        made = f"encoder {entry['encoder']}, student {student_words(entry['student'])}, " if entry else ""
         yield f"- `{grid.name}`: {made}tasks {listed(grid.tasks)}; {len(lines)} of {total} planned students are finished."
         if lines:
             machines = sorted({f"{line['machine']['cpu']}, {line['machine']['cores']} cores" for line in lines})
@@ -166,13 +166,16 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
             yield f"  Settings that are no longer those of `glue.yaml`: {listed(other)}."
     yield from [
         "",
-        "To repeat it, with GLUE a folder of the tasks' folders and FOLDER the pretrained encoder:",
+        "To repeat it, with GLUE a folder of the tasks' folders and FOLDER the pretrained encoder (START the students'",
+        "own start, where they have one):",
         "",
         "```",
     ]
     for grid in grids:
-        for tuning in (" --tuning", "") if "tuning" in plan["grids"].get(grid.name, {}) else ("",):
-            yield f"python benchmarks/glue.py --grid {grid.name} --data GLUE --encoder FOLDER{tuning}"
+        entry = plan["grids"].get(grid.name, {})
+        start = " --start START" if starts_elsewhere(entry.get("student", {})) else ""
+        for tuning in (" --tuning", "") if "tuning" in entry else ("",):
+            yield f"python benchmarks/glue.py --grid {grid.name} --data GLUE --encoder FOLDER{start}{tuning}"
     yield from ["python benchmarks/glue.py --table", "```", "", *_method(grids)]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from glue_stats import Estimate, Lines, mean_sd
 
@@ -47,6 +48,17 @@ def digits_of(name: str) -> int:
 def ratio_text(found: Estimate | None) -> str:
     """Return a ratio with its interval."""
     return "no pair yet" if found is None else f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def student_words(student: Mapping[str, Any]) -> str:
+    """Return the students' shape and start, from their section of the plan."""
+    shape = student.get("name") or "{layers}L-{hidden}".format_map(student)
+    start = student.get("init", "auto")
+    return (
+        f"{shape} from {'random weights' if start == 'random' else start}"
+        if start not in ("auto", "teacher")
+        else shape
+    )
 
 
 def listed(words: Sequence[str]) -> str:

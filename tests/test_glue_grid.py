@@ -126,6 +126,28 @@ def test_a_line_says_what_was_trained_and_what_came_out(grid, tmp_path: Path) ->
     assert emd["models"]["fp32"]["kl"] == pytest.approx(emd["models"]["torch"]["kl"], rel=1e-3)
 
 
+def test_students_start_from_a_checkpoint_of_their_own(
+    grid, tiny_bert: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bertemd_deploy.files import sha256_file
+
+    start = tiny_bert("start", head=False)
+    grid("--start", str(start))
+    assert "error: --start: the students of tiny have no use for it" in capsys.readouterr().err
+    plan = tmp_path / "plan.yaml"
+    text = plan.read_text(encoding="utf-8")
+    plan.write_text(text.replace("intermediate: 32}", "intermediate: 32, init: other}"), encoding="utf-8")
+    assert grid("--variant", "emd") == []
+    assert "error: --start: the students of tiny need it" in capsys.readouterr().err
+    assert grid("--variant", "emd", "--start", str(tmp_path / "nothing")) == []
+    assert "nothing: there is no such folder" in capsys.readouterr().err
+    line, _ = grid("--variant", "emd", "--start", str(start))
+    assert line["recipe"]["student"]["init"] == "other"
+    assert line["sha256"]["start"] == sha256_file(start / "model.safetensors")
+    assert str(tmp_path) not in json.dumps(line)
+    assert f"checkpoint {start}" in capsys.readouterr().err
+
+
 def test_settings_are_chosen_on_a_part_of_train(grid) -> None:
     (line,) = grid("--tuning")
     assert (line["held_out"], line["seed"], line["dev_rows"], line["train_rows"]) == (0.25, 11, 12, 36)

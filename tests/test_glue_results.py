@@ -386,6 +386,28 @@ def timed(lengths: str | int) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("student", "words", "start"),
+    [
+        ("{name: 4L}", "student 4L, ", ""),
+        ("{name: 4L, init: teacher}", "student 4L, ", ""),
+        ("{name: 4L, init: random}", "student 4L from random weights, ", ""),
+        (
+            "{layers: 6, hidden: 384, heads: 12, intermediate: 1536, init: minilm}",
+            "student 6L-384 from minilm, ",
+            " --start START",
+        ),
+    ],
+)
+def test_the_page_says_what_students_start_from(tmp_path, monkeypatch, student: str, words: str, start: str) -> None:
+    path = tmp_path / "glue.yaml"
+    path.write_text(PLAN.replace("{name: 4L}", student), encoding="utf-8")
+    monkeypatch.setattr(glue_plan, "PLAN", path)
+    page = write(tmp_path / "page", [])
+    assert f"encoder minilm, {words}tasks" in page
+    assert f"--encoder FOLDER{start} --tuning\n" in page
+
+
 def test_the_page_states_the_numbers(lines, tmp_path) -> None:
     latency = {
         "grids": {"minilm-4l": {"mrpc": {"device": {"cpu": "a CPU"}, "models": [*timed("replay"), *timed(128)]}}}
