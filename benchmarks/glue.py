@@ -51,6 +51,9 @@ from glue_plan import (  # noqa: E402
 
 def main() -> None:
     """Read the command line and fill the grid, or show what there is."""
+    from bertemd_deploy.checkpoints import find_model
+    from bertemd_deploy.errors import BertemdError
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     plan = read_plan()
     parser.add_argument("--grid", choices=plan["grids"])
@@ -81,6 +84,12 @@ def main() -> None:
     for place in () if options.plan else (options.data, options.encoder, options.start):
         if place is not None and not place.is_dir():
             parser.error(f"{place}: there is no such folder")
+    for place in () if options.plan else (options.encoder, options.start):
+        try:
+            if place is not None:
+                find_model(str(place))  # before a teacher is trained for hours
+        except BertemdError as error:
+            parser.error(str(error))
     options.commit = commit()  # of the code that runs; the folder may move on while it does
     if options.out is None:
         options.out = HERE / "results" / ("glue-tuning.jsonl" if options.tuning else "glue.jsonl")

@@ -16,6 +16,7 @@ from glue_stats import (
     pooled_difference,
     pooled_kl_ratio,
     retention,
+    weights_around,
 )
 from glue_words import listed, ratio_text, signed
 
@@ -132,9 +133,9 @@ def _mean(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:
     )
 
 
-def _pupil(line: Line) -> tuple[int, str]:
-    """Return what lines of several mappings have to share to be set against each other: seed and teacher."""
-    return line["seed"], line["sha256"]["teacher"]
+def _pupil(line: Line) -> tuple[object, ...]:
+    """Return what lines of several mappings have to share to be set against each other: seed, teacher and start."""
+    return line["seed"], *weights_around(line)
 
 
 def _ahead(bar: Bar, grid: Grid | None) -> tuple[float | None, str]:

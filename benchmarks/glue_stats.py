@@ -149,7 +149,7 @@ def row_values(line: Line, statistic: str, *, model: str = "torch") -> Matrix:
 
 
 def paired_lines(ours: Lines, theirs: Lines) -> list[tuple[Line, Line]]:
-    """Return the lines of either side that have their seed and their teacher's weights in common, in the order of seeds.
+    """Return the lines of either side that have seed, teacher's weights and start in common, in the order of seeds.
 
     Raises:
         ValueError: they are not of one grid and task.
@@ -158,7 +158,12 @@ def paired_lines(ours: Lines, theirs: Lines) -> list[tuple[Line, Line]]:
         raise ValueError("pairs are of one grid and task")
     left, right = ({line["seed"]: line for line in side} for side in (ours, theirs))
     pairs = [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
-    return [pair for pair in pairs if pair[0]["sha256"]["teacher"] == pair[1]["sha256"]["teacher"]]
+    return [(one, other) for one, other in pairs if weights_around(one) == weights_around(other)]
+
+
+def weights_around(line: Line) -> tuple[str, str | None]:
+    """Return the hashes of the teacher's weights and of the checkpoint that the student started from, if any."""
+    return line["sha256"]["teacher"], line["sha256"].get("start")
 
 
 def _values(sides: Sides, statistic: str, *, model: str) -> Matrix | None:

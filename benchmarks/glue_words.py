@@ -54,11 +54,9 @@ def student_words(student: Mapping[str, Any]) -> str:
     """Return the students' shape and start, from their section of the plan."""
     shape = student.get("name") or "{layers}L-{hidden}".format_map(student)
     start = student.get("init", "auto")
-    return (
-        f"{shape} from {'random weights' if start == 'random' else start}"
-        if start not in ("auto", "teacher")
-        else shape
-    )
+    if start in ("auto", "teacher"):
+        return str(shape)
+    return f"{shape} from {'random weights' if start == 'random' else start}"
 
 
 def listed(words: Sequence[str]) -> str:

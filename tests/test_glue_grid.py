@@ -141,6 +141,8 @@ def test_students_start_from_a_checkpoint_of_their_own(
     assert "error: --start: the students of tiny need it" in capsys.readouterr().err
     assert grid("--variant", "emd", "--start", str(tmp_path / "nothing")) == []
     assert "nothing: there is no such folder" in capsys.readouterr().err
+    assert grid("--variant", "emd", "--start", str(tmp_path / "data")) == []
+    assert "config.json" in capsys.readouterr().err
     line, _ = grid("--variant", "emd", "--start", str(start))
     assert line["recipe"]["student"]["init"] == "other"
     assert line["sha256"]["start"] == sha256_file(start / "model.safetensors")

@@ -215,7 +215,7 @@ def test_seeds_are_resampled_too() -> None:
     np.testing.assert_allclose((found.value, found.low, found.high), (0.2, 0.0, 0.5), atol=1e-12)
 
 
-def test_pairs_are_of_one_seed_and_one_teacher() -> None:
+def test_pairs_are_of_one_seed_one_teacher_and_one_start() -> None:
     ours = [line("emd", seed=seed, right=right) for seed, right in ((2, 140), (3, 150), (4, 199))]
     theirs = [line("uniform", seed=seed, right=right) for seed, right in ((1, 0), (2, 130), (3, 130))]
     found = glue_stats.difference(ours, theirs, "accuracy")
@@ -223,6 +223,8 @@ def test_pairs_are_of_one_seed_and_one_teacher() -> None:
     np.testing.assert_allclose(found.value, (10 + 20) / 2 / ROWS)
     ours[0] = ours[0] | {"sha256": ours[0]["sha256"] | {"teacher": "of another"}}
     assert glue_stats.difference(ours, theirs, "accuracy").pairs == 1
+    ours[1] = ours[1] | {"sha256": ours[1]["sha256"] | {"start": "of a checkpoint"}}
+    assert glue_stats.difference(ours, theirs, "accuracy") is None
     assert glue_stats.difference(ours[2:], theirs, "accuracy") is None
     with pytest.raises(ValueError, match="one grid and task"):
         glue_stats.difference(ours, [line("uniform", task="sst2")], "accuracy")
