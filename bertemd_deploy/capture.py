@@ -1,8 +1,8 @@
 """Capture: what the layers of a model compute in one forward pass, read through hooks; the fast `sdpa` kernel stays.
 
 `LayerOutputs` holds logits, hidden states (index 0 is the embedding), and the queries and keys from which attention scores
-before the softmax come. Which projections those are is `families`' table. Where a family adds position terms to the
-scores, what is read is the content part alone, and that is said.
+before the softmax come. Which projections those are is `families`' table. What a family adds to Q K^T is not read here: a
+table of positions comes from `position_scores`; of terms that have content in them only Q K^T is compared, and that is said.
 """
 
 from __future__ import annotations

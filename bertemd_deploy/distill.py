@@ -18,7 +18,7 @@ from bertemd_deploy.artifact import DataSlice, write_slices
 from bertemd_deploy.checkpoints import WEIGHTS, checked_encoder, label_order
 from bertemd_deploy.console import note, warn
 from bertemd_deploy.data import Dataset, calibration_rows
-from bertemd_deploy.encoding import TextEncoder
+from bertemd_deploy.encoding import Encoded, TextEncoder
 from bertemd_deploy.evaluate import check_teacher, dev_metrics, torch_logits
 from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES, task_facts
 from bertemd_deploy.families import sizes as teacher_sizes
@@ -29,7 +29,7 @@ from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, 
 from bertemd_deploy.objective import Distiller, Objective
 from bertemd_deploy.processes import join_processes
 from bertemd_deploy.settings import DistillSettings, StudentSettings
-from bertemd_deploy.students import build_student, student_shape
+from bertemd_deploy.students import build_student, fits_layers, student_shape
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.teacher_cache import CachedTeacher, cache_key
 from bertemd_deploy.training import Schedule, fit
@@ -104,11 +104,14 @@ def distill(
     teacher_logits = torch_logits(teacher, dev.examples, pad_id=encoder.pad_id, processes=processes)
     teacher_metrics = check_teacher(teacher_logits, dev, task=data.task, names=data.labels, where=str(teacher_folder))
     note("teacher: dev " + " ".join(f"{name} {value:.4f}" for name, value in teacher_metrics.items()))
-    trained, sizes, start = _make_student(teacher, encoder, student=student, settings=settings, kind=data.task.kind)
+    trained, sizes, start = _make_student(
+        teacher, encoder, train.examples if processes.main else None, student=student, settings=settings, kind=kind
+    )
     note(
         f"student: {sizes['student_layers']} of {sizes['teacher_layers']} layers, from {start}; mapping {settings.mapping}"
     )
     trained.to(device)
+    processes.follow_main(trained)
     quicken(trained.student)
     first_aware = settings.epochs - settings.quant_aware_epochs + 1
     aware = None
@@ -234,12 +237,29 @@ def _teacher_cache(
 
 
 def _make_student(
-    teacher: nn.Module, encoder: TextEncoder, *, student: StudentSettings, settings: DistillSettings, kind: Kind
+    teacher: nn.Module,
+    encoder: TextEncoder,
+    examples: Encoded | None,
+    *,
+    student: StudentSettings,
+    settings: DistillSettings,
+    kind: Kind,
 ) -> tuple[Distiller, dict[str, int], str]:
-    """Return the module to train, the two layer counts, and where the student's weights come from."""
+    """Return the module to train, the two layer counts, and where the student's weights come from.
+
+    Without `examples` the layers stay as copied; of several processes only the main one fits them, for all.
+    """
     source: dict[str, Any] = teacher.config.to_dict()  # type: ignore[union-attr, operator]
     theirs, shape = teacher_sizes(source), student_shape(student, source)
-    model, told = build_student(teacher, shape=shape, init=student.init, seed=settings.seed, encoder=encoder, kind=kind)
+    model, told = build_student(
+        teacher,
+        shape=shape,
+        init=student.init,
+        seed=settings.seed,
+        encoder=encoder,
+        kind=kind,
+        examples=examples if fits_layers(student.fit_layers, source) else None,
+    )
     widths = {"student_hidden": int(shape.hidden or 0), "teacher_hidden": theirs.hidden}
     needed = settings.hidden_projection or widths["student_hidden"] != widths["teacher_hidden"]
     trained = Distiller(model, **widths, project=needed and settings.mapping != "none", seed=settings.seed)

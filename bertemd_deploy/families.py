@@ -53,6 +53,7 @@ class Family:
         output: the last linear map of that head.
         activation: between the two; BERT's is tanh.
         bias: what the family adds to Q K^T beside the mask, in words; empty where there is nothing.
+        position_scores: that bias depends on two positions alone and is the same in every layer.
     """
 
     model_type: str
@@ -71,6 +72,7 @@ class Family:
     dense: str = "classifier.dense"
     output: str = "classifier.out_proj"
     bias: str = ""
+    position_scores: bool = False
     activation: str = "tanh"
 
     @property
@@ -105,6 +107,7 @@ FAMILIES: dict[str, Family] = {
             types=False,
             offset=True,
             bias="a learned bias by relative position",
+            position_scores=True,
         ),
         Family(
             "distilbert",
@@ -219,9 +222,9 @@ def score_factor(config: Mapping[str, Any]) -> float:
 
 
 def compared_part(config: Mapping[str, Any]) -> str:
-    """Return a sentence on which part of the scores is compared, or "" where Q K^T is all there is beside the mask."""
+    """Return a sentence on which part of the scores is compared, or "" where it is all there is beside the mask."""
     family = family_of(config)
-    if not family.bias or (family.model_type == "deberta-v2" and not config.get("relative_attention")):
+    if family.position_scores or not _adds_bias(config):
         return ""
     return (
         f"{family.model_type} adds {family.bias} to its attention scores; the part compared with the student is "
@@ -257,9 +260,16 @@ def norm_epsilon(config: Mapping[str, Any]) -> float:
     return 1e-12 if config.get("model_type") == "distilbert" else float(config.get("layer_norm_eps") or 1e-12)
 
 
-def left_out(config: Mapping[str, Any]) -> list[str]:
-    """Return, in words, what of this model a BERT's layers have no place for."""
-    parts = [family_of(config).bias] if compared_part(config) else []
+def _adds_bias(config: Mapping[str, Any]) -> bool:
+    return bool(family_of(config).bias) and (
+        config["model_type"] != "deberta-v2" or bool(config.get("relative_attention"))
+    )
+
+
+def left_out(config: Mapping[str, Any], *, folded: bool = False) -> list[str]:
+    """Return, in words, what of this model a BERT's layers have no place for; `folded` position scores have one."""
+    family = family_of(config)
+    parts = [family.bias] if _adds_bias(config) and not (folded and family.position_scores) else []
     if config.get("model_type") == "deberta-v2":
         if config.get("position_biased_input") is False:
             parts.append("the absence of absolute positions (the student's start at zero)")

@@ -7,7 +7,8 @@ What the families' embeddings and layers compute is BERT's, but for these, each 
     a bias-free projection of the embeddings       multiplied into each table (DeBERTa: LayerNorm comes after it)
     LayerNorm before a projection (small ELECTRA)  refused: no BERT embedding computes it
     scores divided by more than sqrt(d) (DeBERTa)  the factor goes into the query projection
-    position terms in the scores, a convolution    left out, and told
+    a table of position scores (MPNet)             folded into queries and keys (`layer_fit`), or left out, and told
+    other position terms, a convolution            left out, and told
     another activation in the head                 the head starts random, and that is told
 
 Every encoder weight comes from somewhere, or it is an error.
@@ -70,6 +71,7 @@ def fill(
     kind: Kind,
     where: str,
     whole: bool,
+    folded: bool,
 ) -> None:
     """Fill the weights of `student`, a BERT, from a model's, layer j from `layers[j]`; none but the head may stay random.
 
@@ -81,6 +83,7 @@ def fill(
         kind: of the task.
         where: the other model, for messages.
         whole: the other model has a trained head, which must be taken over where its function is BERT's.
+        folded: a table of position scores will be folded into the student, so it is not left out.
 
     Raises:
         ModelError: a weight is missing or of another shape, or a BERT cannot compute what the embeddings do.
@@ -119,7 +122,7 @@ def fill(
             else f"its own uses {head_activation(config)}, a BERT's tanh"
         )
         note(f"student: the head starts random; {where} cannot give it: {why}")
-    if parts := left_out(config):
+    if parts := left_out(config, folded=folded):
         note(f"student: {where} is of the family {family.model_type}; a BERT has no place for {' nor '.join(parts)}")
 
 

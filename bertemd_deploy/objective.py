@@ -22,6 +22,7 @@ from bertemd_deploy.families import known_inputs
 from bertemd_deploy.losses import prediction_losses, total_loss
 from bertemd_deploy.mapping import SIDES, LayerMapping
 from bertemd_deploy.models import output_logits
+from bertemd_deploy.position_scores import position_scores, with_position_scores
 from bertemd_deploy.processes import Processes
 from bertemd_deploy.settings import DistillSettings
 from bertemd_deploy.tasks import Kind
@@ -101,6 +102,7 @@ class Objective:
         self.read_student = LayerReader(trained.student) if self.layers else None
         self.device = next(trained.parameters()).device
         self.number = 0  # of the batch at hand
+        self._tables: dict[int, Tensor | None] = {}
         self.cache: TeacherCache | None = None  # used instead of running the teacher, where it is set
         self.aware: QuantAware | None = None  # the trained student's, where it is prepared for int8
 
@@ -179,6 +181,8 @@ class Objective:
         chosen = [
             [layers[row] for row in self.rows] for layers in (teacher.queries, teacher.keys, teacher.hidden_states)
         ]
+        if (table := self._position_scores(mask.shape[1])) is not None:
+            chosen[0], chosen[1] = with_position_scores(chosen[0], chosen[1], table)
         queries, keys = ([layers[column] for column in self.columns] for layers in (student.queries, student.keys))
         projected = [self.trained.project(student.hidden_states[column]) for column in self.columns]
         if self.relative:
@@ -187,6 +191,12 @@ class Objective:
         attention = attention_cost(chosen[0], chosen[1], queries, keys, mask=mask)
         hidden = hidden_cost(chosen[2], projected, mask=mask)
         return torch.stack([attention * (part.squares / batch.squares), hidden * (part.tokens / batch.tokens)])
+
+    def _position_scores(self, tokens: int) -> Tensor | None:
+        """Return what the teacher adds to the scores of its content, (A, T, T), made once for each length."""
+        if tokens not in self._tables:
+            self._tables[tokens] = position_scores(self.teacher, tokens)
+        return self._tables[tokens]
 
     def _flows(self, costs: Tensor) -> dict[str, Tensor]:
         """Return the weights (rows, columns) of the step's costs, by side, from this process's share of the costs.

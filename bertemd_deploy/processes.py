@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported later, its default arguments would keep the group that was joined
-from torch import Tensor
+from torch import Tensor, nn
 
 from bertemd_deploy.console import silence
 from bertemd_deploy.errors import RecipeError, TrainingError
@@ -50,6 +50,18 @@ class Processes:
             with _collective(self):
                 dist.all_reduce(tensor)
         return tensor
+
+    def follow_main(self, module: nn.Module) -> None:
+        """Give `module`'s parameters and buffers of numbers the main process's values.
+
+        Raises:
+            TrainingError: another process died or does not answer.
+        """
+        if self.size > 1:
+            with torch.no_grad():
+                for values in (*module.parameters(), *module.buffers()):
+                    if values.is_floating_point():
+                        values.copy_(self.sum(values.clone() if self.main else torch.zeros_like(values)))
 
     def wait(self) -> None:
         """Return once every process is here.

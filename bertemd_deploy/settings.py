@@ -13,6 +13,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Mapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
 Augmentation = Literal["none", "dropout", "mlm"]
 KeepEpoch = Literal["best", "last"]
+FitLayers = Literal["auto", "always", "never"]
 CostScale = Literal["absolute", "relative"]
 MappedLayers = Literal["all", "intermediate"]
 STUDENT_NAMES = ("4L-312", "6L-768", "4L", "6L")
@@ -86,6 +87,9 @@ class StudentSettings:
         name: "4L-312", "6L-768", "4L" or "6L" (the teacher's width), or null with the four sizes given.
         init: "auto" (the name's own start, see `students.STUDENTS`), "teacher" (evenly spaced teacher layers), "random",
             or a checkpoint (folder, hub id, package).
+        fit_layers: whether layers copied from the teacher are fitted in closed form to what the teacher's compute, on some
+            thousand tokens of train, before training: "auto" where the teacher adds scores of positions to its attention,
+            which a copy lacks (MPNet), "always", or "never". Without effect on other starts.
     """
 
     name: str | None = None
@@ -94,6 +98,7 @@ class StudentSettings:
     heads: int | None = bounded(None, 1, 128)
     intermediate: int | None = bounded(None, 8, 65536)
     init: str = "auto"
+    fit_layers: FitLayers = "auto"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any
 from bertemd_deploy.checkpoints import WEIGHTS, find_model
 from bertemd_deploy.config import Recipe
 from bertemd_deploy.facts import FACTS, RANGES
-from bertemd_deploy.files import sha256_file, sha256_json
+from bertemd_deploy.families import family_of
+from bertemd_deploy.files import read_json, sha256_file, sha256_json
 from bertemd_deploy.settings import (
     DistillSettings,
     ExportSettings,
@@ -82,12 +83,15 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
     unused += () if settings.mapping == "emd" else ("marginal_momentum",)
     unused += () if settings.mapping in ("emd", "emd-fixed") else ("transported_mass", "mapped_layers")
     unused += ("cost_scale",) if settings.mapping == "none" else ()
+    config = read_json(teacher / "config.json", what="teacher's configuration")
     inputs = dict(shared) | {
         "teacher": sha256_file(teacher / WEIGHTS),
         "model_files": _model_files(teacher),
-        "student": asdict(recipe.student),
+        "student": _student(recipe.student, config),
         "distill": _added(_without(asdict(settings), unused), _LATER_DISTILL),
     }
+    if settings.mapping != "none" and family_of(config).position_scores:
+        inputs["scores"] = "whole"  # before, those of the content were compared
     if (start := _start(recipe.student)) is not None:
         inputs["initial_weights"] = {WEIGHTS: sha256_file(start / WEIGHTS)} | _model_files(start)
     if (model := language_model(recipe)) is not None:
@@ -172,14 +176,27 @@ def _model_files(folder: Path) -> dict[str, str]:
     return {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
 
 
+def _student(settings: StudentSettings, teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the student's settings, with `fit_layers` where layers are fitted."""
+    from bertemd_deploy.students import fits_layers
+
+    values = _without(asdict(settings), ("fit_layers",))
+    fits = _start_name(settings) == "teacher" and fits_layers(settings.fit_layers, teacher)
+    return values | {"fit_layers": "always"} if fits else values
+
+
 def _start(settings: StudentSettings) -> Path | None:
     """Return the folder of the checkpoint that the student starts from; None where it starts from none."""
+    start = _start_name(settings)
+    return None if start in ("teacher", "random") else find_model(start)
+
+
+def _start_name(settings: StudentSettings) -> str:
     from bertemd_deploy.students import STUDENTS
 
-    start = settings.init
-    if start == "auto":
-        start = STUDENTS[settings.name].start if settings.name in STUDENTS else "teacher"
-    return None if start in ("teacher", "random") else find_model(start)
+    if settings.init != "auto":
+        return settings.init
+    return STUDENTS[settings.name].start if settings.name in STUDENTS else "teacher"
 
 
 def _resolved(precision: Precision) -> Precision:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from bertemd_deploy.checkpoints import find_model
 from bertemd_deploy.console import note, warn
-from bertemd_deploy.encoding import TextEncoder
+from bertemd_deploy.encoding import Encoded, TextEncoder
 from bertemd_deploy.errors import ModelError, RecipeError
 from bertemd_deploy.families import family_of, feed_forward_activation, norm_epsilon, positions, sizes
 from bertemd_deploy.inherit import fill, stored_weights
+from bertemd_deploy.layer_fit import fit_layers
 from bertemd_deploy.mapping import even_layers
 from bertemd_deploy.models import auto_class, read_config
-from bertemd_deploy.settings import STUDENT_NAMES, StudentSettings
+from bertemd_deploy.settings import STUDENT_NAMES, FitLayers, StudentSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.vocabulary import match_rows
 
@@ -78,6 +79,11 @@ def student_shape(settings: StudentSettings, teacher: Mapping[str, Any]) -> Shap
     return shape
 
 
+def fits_layers(setting: FitLayers, teacher: Mapping[str, Any]) -> bool:
+    """Say whether layers copied from a teacher of this config are fitted: with "auto" where it has scores of positions."""
+    return setting == "always" or (setting == "auto" and family_of(teacher).position_scores)
+
+
 def build_student(
     teacher: nn.Module,
     *,
@@ -86,6 +92,7 @@ def build_student(
     seed: int,
     encoder: TextEncoder,
     kind: Kind = "classification",
+    examples: Encoded | None = None,
 ) -> tuple[nn.Module, str]:
     """Return the student, a BERT in eval mode, and a sentence on where its weights come from.
 
@@ -96,8 +103,10 @@ def build_student(
         seed: of the random weights.
         encoder: the teacher's tokenizer, which is the student's.
         kind: of the task; decides which head the student has.
+        examples: rows of train on which layers copied from the teacher are fitted (`layer_fit`); None leaves them as copied.
 
     Raises:
+        TrainingError: what the teacher computes is not finite, so nothing can be fitted to it.
         ModelError: the teacher's sizes differ where layers should be copied, or it has parts that no BERT can hold, or a
             checkpoint does not fit.
     """
@@ -116,8 +125,28 @@ def build_student(
             )
         layers = even_layers(theirs.layers, shape.layers)
         student = _empty_student(source, source, shape=shape, seed=seed, encoder=encoder, kind=kind)
-        fill(student, teacher.state_dict(), source, layers=layers, kind=kind, where="the teacher", whole=True)
-        return student, f"teacher layers {_numbers(layers)}"
+        fitted = examples is not None
+        fill(
+            student,
+            teacher.state_dict(),
+            source,
+            layers=layers,
+            kind=kind,
+            where="the teacher",
+            whole=True,
+            folded=fitted,
+        )
+        told = f"teacher layers {_numbers(layers)}"
+        if examples is None:
+            return student, told
+        cosines = fit_layers(
+            student, teacher, examples, layers=layers, pad_id=encoder.pad_id, max_length=encoder.max_length
+        )
+        note(
+            "student: layers fitted to the teacher's; cosine to what those compute "
+            + " ".join(f"{cosine:.3f}" for cosine in cosines)
+        )
+        return student, f"{told}, fitted"
     if start == "random":
         warn(
             "the student starts from RANDOM weights: expect far lower accuracy than from a checkpoint or teacher layers"
@@ -137,7 +166,7 @@ def build_student(
     student = _empty_student(source, config, shape=shape, seed=seed, encoder=encoder, kind=kind)
     stored = stored_weights(folder)
     _match_words(stored, folder, config, encoder=encoder, rows=int(source["vocab_size"]))
-    fill(student, stored, config, layers=layers, kind=kind, where=str(folder), whole=False)
+    fill(student, stored, config, layers=layers, kind=kind, where=str(folder), whole=False, folded=False)
     return student, f"checkpoint {start}" + (f" (layers {_numbers(layers)})" if deep > shape.layers else "")
 
 

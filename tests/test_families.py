@@ -113,7 +113,8 @@ def test_what_differs_from_a_bert_is_named() -> None:
     assert heads == {
         "bert": "tanh", "roberta": "tanh", "electra": "gelu", "mpnet": "tanh", "distilbert": "relu", "deberta-v2": "gelu"
     }  # fmt: skip
-    assert [name for name, config in configs.items() if compared_part(config)] == ["mpnet", "deberta-v2"]
+    assert [name for name, config in configs.items() if compared_part(config)] == ["deberta-v2"]
+    assert [name for name, family in FAMILIES.items() if family.position_scores] == ["mpnet"]
     assert [name for name, config in configs.items() if score_factor(config) != 1] == ["deberta-v2"]
     assert score_factor(configs["deberta-v2"]) == pytest.approx(3**-0.5)
     assert score_factor({"model_type": "deberta-v2", "pos_att_type": "c2p"}) == pytest.approx(2**-0.5)
@@ -121,6 +122,8 @@ def test_what_differs_from_a_bert_is_named() -> None:
         "mpnet": 1,
         "deberta-v2": 3,
     }
+    assert left_out(configs["mpnet"], folded=True) == []
+    assert len(left_out(configs["deberta-v2"], folded=True)) == 3
     assert norm_epsilon(configs["deberta-v2"]) == 1e-7
     assert norm_epsilon(configs["distilbert"]) == 1e-12
     assert feed_forward_activation({"model_type": "distilbert", "activation": "relu"}) == "relu"
@@ -172,10 +175,11 @@ def test_a_teacher_of_any_family_is_distilled(
         log=tmp_path / "distill.jsonl",
         teacher_name="the-teacher",
     )
-    assert record["start"] == "teacher layers 2, 4"
+    assert record["start"] == "teacher layers 2, 4" + (", fitted" if family == "mpnet" else "")
     assert record["metrics"]["teacher"] == {"accuracy": 1.0}
     said = capsys.readouterr().err
-    assert said.count("the part compared with the student is content to content") == (family in ("mpnet", "deberta-v2"))
+    assert said.count("the part compared with the student is content to content") == (family == "deberta-v2")
+    assert "a BERT has no place for a learned bias by relative position" not in said
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("bert", ["BertForSequenceClassification"])
     assert (out / "tokenizer.json").read_text() == (teacher / "tokenizer.json").read_text()

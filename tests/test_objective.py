@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_capture import family_model
 from tiny_student import LABELS, labelled, tiny_model
 from torch import Tensor
 
 from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.batching import Batch, Batching
+from bertemd_deploy.capture import LayerReader
 from bertemd_deploy.mapping import SIDES, LayerMapping
 from bertemd_deploy.objective import Distiller, Objective
 from bertemd_deploy.processes import Processes
@@ -90,6 +92,30 @@ def test_parts_add_up_to_the_whole(kind: Kind, mapping: str, reduction: str, sca
         for name, value in expected.log().items():
             np.testing.assert_allclose(found.log()[name], value, rtol=1e-5, atol=1e-6)
     assert bool(expected.log()) is (mapping != "none")
+
+
+def test_a_teacher_that_adds_positions_to_its_scores_is_compared_with_them() -> None:
+    """C_A[i, j] = mean((Q_i K_i^T / sqrt(d) + P - s_j)^2) over heads and real positions."""
+    words = tiny_model().config.vocab_size
+    teacher = family_model("mpnet", vocabulary=words, positions=66).requires_grad_(False)
+    settings = DistillSettings(mapping="emd")
+    student = tiny_model(outputs=2, hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    trained = Distiller(student, student_hidden=16, teacher_hidden=16, project=False, seed=0)
+    objective = Objective(teacher, trained, LayerMapping.of(settings, 4, 2), settings, kind="classification")
+    batch = cut(data_of("classification"), None)
+    inputs = batch.parts[0].inputs
+    with torch.no_grad():
+        theirs, ours = LayerReader(teacher)(inputs), LayerReader(student)(inputs)
+        costs = objective._costs(theirs, ours, batch.parts[0], batch)[0]
+    mask = inputs["attention_mask"].bool()
+    table = teacher.mpnet.encoder.compute_position_bias(torch.zeros(1, mask.shape[1], 1))
+    assert table.std() > 0.1
+    both = (mask[:, None, :, None] & mask[:, None, None, :]).expand(-1, 2, -1, -1)
+    for i in range(4):
+        whole = theirs.queries[i] @ theirs.keys[i].transpose(-1, -2) / 8**0.5 + table
+        for j in range(2):
+            own = ours.queries[j] @ ours.keys[j].transpose(-1, -2) / 8**0.5
+            torch.testing.assert_close(costs[i, j], (whole - own)[both].square().mean(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mapping", ["emd", "skip"])

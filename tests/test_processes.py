@@ -142,13 +142,14 @@ def same_run(one: Path, other: Path) -> None:
     torch.testing.assert_close(weights, twins, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("mapping", ["emd", "uniform"])
+@pytest.mark.parametrize(("mapping", "fit"), [("emd", "auto"), ("uniform", "always")])
 def test_two_processes_train_as_one_and_one_of_them_speaks(
-    task: tuple[Path, Path], tmp_path: Path, mapping: str
+    task: tuple[Path, Path], tmp_path: Path, mapping: str, fit: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    (alone,) = start(tmp_path / "1", command(*task, one, mapping=mapping), size=1)
-    first, second = start(tmp_path / "2", command(*task, two, mapping=mapping), size=2)
+    fitting = ["--set", f"student.fit_layers={fit}"]
+    (alone,) = start(tmp_path / "1", [*command(*task, one, mapping=mapping), *fitting], size=1)
+    first, second = start(tmp_path / "2", [*command(*task, two, mapping=mapping), *fitting], size=2)
     assert (alone.code, first.code, second.code) == (0, 0, 0)
     same_run(one, two)
     steps = [line for line in logged(two) if "losses" in line]
@@ -158,6 +159,7 @@ def test_two_processes_train_as_one_and_one_of_them_speaks(
     assert first.saves.read_text().count("saved") == 8 + 2  # every step, and the end of every epoch
     assert not second.saves.exists()
     assert second.said == second.printed == ""
+    assert first.said.count("layers fitted to the teacher's") == (fit == "always")
     assert first.said.splitlines()[-2].startswith("epoch 1: dev accuracy")
     record, single = json.loads(first.printed), json.loads(alone.printed)
     assert first.printed.count("\n") == 1

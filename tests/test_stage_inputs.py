@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_family import write_family
 
 from bertemd_deploy.checkpoints import WEIGHTS
 from bertemd_deploy.config import Recipe, build_recipe
@@ -207,6 +208,27 @@ def test_the_weights_a_student_starts_from_are_an_input(
         assert "initial_weights" not in distill_inputs(recipe(teacher, student={"init": init}), teacher, SHARED)
     with pytest.raises(ModelError, match="there is no such folder"):
         distill_inputs(recipe(teacher, student={"init": "./absent"}), teacher, SHARED)
+
+
+def test_fitted_layers_and_whole_scores_are_inputs_where_there_are_any(
+    teacher: Path, tiny_bert: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = distill_inputs(recipe(teacher), teacher, SHARED)
+    assert "fit_layers" not in plain["student"]
+    assert distill_inputs(recipe(teacher, student={"fit_layers": "never"}), teacher, SHARED) == plain
+    always = distill_inputs(recipe(teacher, student={"fit_layers": "always"}), teacher, SHARED)
+    assert changed_inputs(plain, always) == "student.fit_layers"
+    random = {"init": "random"}
+    elsewhere = [recipe(teacher, student=random | {"fit_layers": setting}) for setting in ("auto", "always", "never")]
+    assert len({sha256_json(distill_inputs(one, teacher, SHARED)) for one in elsewhere}) == 1
+    mpnet = write_family(tmp_path / "mpnet", "mpnet")
+    found = distill_inputs(recipe(mpnet), mpnet, SHARED)
+    assert found["student"]["fit_layers"] == "always"
+    assert found["scores"] == "whole"
+    never = distill_inputs(recipe(mpnet, student={"fit_layers": "never"}), mpnet, SHARED)
+    assert changed_inputs(never, found) == "student.fit_layers"
+    logits_only = distill_inputs(recipe(mpnet, distill={"mapping": "none"}), mpnet, SHARED)
+    assert "scores" not in plain | logits_only
 
 
 def test_changed_inputs_are_named() -> None:

@@ -1,0 +1,371 @@
+"""Layer fit: what was copied from a teacher's layers is fitted, in closed form, to what those layers compute.
+
+A copied layer computes on another input than in the teacher, as layers before it are missing; and where the teacher adds a
+table P to its scores (`position_scores`), a BERT has no place for it. Both are mended before any training, on some thousand
+tokens of train, layer by layer from the first one, each on what the fitted ones before it give:
+
+    positions   P ~ codes D codes^T, least squares weighted by how often two positions are real. The coordinates of the hidden
+                states that the teacher's layers read least carry the codes, and the norms keep them in scale.
+    scores      a head's query and key weights become the best factors of rank d, in the metric of the layer's own inputs, of
+                Wq^T Wk / sqrt(d) with D added where the codes are
+    outputs     attention's and feed-forward's output weights move by ridge regression towards what the teacher's layer gives
+                to its norms, argmin sum_t |e_t - dW a_t|^2 / s_t^2 + lambda |dW|^2, with s_t the deviation that the norm
+                divides by; lambda is the best one for rows held back, and where none is better than dW = 0 nothing moves
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
+
+from bertemd_deploy.encoding import Encoded, length_batches
+from bertemd_deploy.errors import TrainingError
+from bertemd_deploy.families import family_of, known_inputs
+from bertemd_deploy.position_scores import position_scores
+
+FIT_TOKENS = 100_000
+_TAUGHT_BYTES = 2 << 30  # most that the teacher's outputs may take
+_TOKENS_AT_ONCE = 4096
+_RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # lambda, over the mean of the inputs' moments
+_HELD = 8  # one row of so many is held back
+_CODE_SHARE = 24  # one coordinate of so many carries codes
+_RARE = 1e-3  # weight of a position that no row reaches, against one that all do
+_FLOOR = 1e-6  # of the inputs' second moments, against their mean
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of like length: the model's inputs, (B, T) each, what is real of them, (B, T) bool, and what of that is held back.
+
+    `held` is (real tokens,) bool: tokens of the rows that are not fitted, but say how well the others were.
+    """
+
+    inputs: dict[str, Tensor]
+    real: Tensor
+    held: Tensor
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """What the teacher computes on n real tokens, in the order of the batches.
+
+    Attributes:
+        embeddings: (n, H) hidden states before the first layer.
+        read: (H,) what share of the chosen layers' inputs each coordinate makes, weighted by the weights that read it.
+        before_norms: for each chosen layer two (n, H) float16: attention's output plus its input, feed-forward's plus its.
+    """
+
+    embeddings: Tensor
+    read: Tensor
+    before_norms: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """Positions inside the hidden states.
+
+    Attributes:
+        where: (r,) coordinates that carry them.
+        shares: D of each head, (A, r, r) float64, for codes as the hidden states hold them.
+        scale: root mean square of a code's coordinate in the hidden states.
+    """
+
+    where: Tensor
+    shares: Tensor
+    scale: float
+
+
+def fit_layers(
+    student: nn.Module, teacher: nn.Module, examples: Encoded, *, layers: Sequence[int], pad_id: int, max_length: int
+) -> list[float]:
+    """Fit the layers of a student that was copied from `teacher`, in place.
+
+    Args:
+        student: a BERT of the teacher's width on the CPU, in eval mode, its layer j copied from the teacher's `layers[j]`.
+        teacher: task model of any family, in eval mode, on any device.
+        examples: rows of train; evenly spaced ones that hold about `FIT_TOKENS` tokens are used, fewer for a large teacher.
+        layers: for each of the student's layers the teacher's.
+        pad_id: of the tokenizer.
+        max_length: T, positions that a table of position scores is folded for.
+
+    Returns:
+        For each of the student's layers, the mean cosine of its outputs with the teacher's, on the rows held back and
+        without the coordinates that carry positions.
+
+    Raises:
+        TrainingError: what the teacher or the student computes is not finite.
+    """
+    bert: Any = student.get_submodule("bert")
+    most = min(FIT_TOKENS, _TAUGHT_BYTES // (2 * 2 * bert.config.hidden_size * len(layers)))
+    batches = _batches(examples, most=most, pad_id=pad_id)
+    cosines = []
+    with torch.no_grad():
+        taught = _run_teacher(teacher, batches, layers)
+        table = position_scores(teacher, max_length)
+        codes = None if table is None else _place_codes(bert.embeddings, table.cpu().double(), batches, taught)
+        held = torch.cat([batch.held for batch in batches])
+        hidden = _real([bert.embeddings(**_named(batch)) for batch in batches], batches)
+        for layer, (before_attention_norm, before_output_norm) in zip(
+            bert.encoder.layer, taught.before_norms, strict=True
+        ):
+            theirs = layer.output.LayerNorm(before_output_norm.float())  # still the teacher's norm
+            if codes is not None:
+                _fold_scores(layer.attention.self, hidden, codes)
+                layer.intermediate.dense.weight[:, codes.where] = 0
+            context = _attend(layer.attention.self, hidden, batches)
+            part = layer.attention.output
+            hidden = _fit_output(part, nn.Identity(), context, hidden, before_attention_norm, held, codes)
+            hidden = _fit_output(layer.output, layer.intermediate, hidden, hidden, before_output_norm, held, codes)
+            kept = torch.ones(hidden.shape[1], dtype=torch.bool)
+            if codes is not None:
+                kept[codes.where] = False
+            told = held if held.any() else ~held
+            cosines.append(float(cosine_similarity(hidden[told][:, kept], theirs[told][:, kept], dim=-1).mean()))
+        if codes is not None:
+            bert.pooler.dense.weight[:, codes.where] = 0
+    return cosines
+
+
+def _batches(examples: Encoded, *, most: int, pad_id: int) -> list[_Batch]:
+    """Return evenly spaced rows that hold about `most` tokens, in batches of like length."""
+    count = max(1, min(len(examples), len(examples) * most // max(1, int(examples.lengths.sum()))))
+    chosen = examples.select(np.linspace(0, len(examples) - 1, count).round().astype(np.int64))
+    every = max(2, min(_HELD, count))
+    found = []
+    for rows in length_batches(chosen.lengths, batch_size=max(1, _TOKENS_AT_ONCE // int(chosen.lengths.max()))):
+        inputs = {name: torch.from_numpy(values) for name, values in chosen.batch(rows, pad_id=pad_id).items()}
+        real = inputs["attention_mask"].bool()
+        held = torch.from_numpy(rows % every == every - 1)[:, None].expand_as(real)[real]
+        found.append(_Batch(inputs, real, held))
+    return found
+
+
+def _named(batch: _Batch) -> dict[str, Tensor]:
+    return {name: batch.inputs[name] for name in ("input_ids", "token_type_ids")}
+
+
+def _real(padded: Sequence[Tensor], batches: Sequence[_Batch]) -> Tensor:
+    """Return (n, H): the real tokens of (B, T, H) each."""
+    return torch.cat([values[batch.real] for values, batch in zip(padded, batches, strict=True)])
+
+
+def _run_teacher(teacher: nn.Module, batches: Sequence[_Batch], layers: Sequence[int]) -> _Taught:
+    config: dict[str, Any] = teacher.config.to_dict()  # type: ignore[union-attr, operator]
+    family, known = family_of(config), known_inputs(config)
+    device = next(teacher.parameters()).device
+    stack: Any = teacher.get_submodule(f"{family.prefix}.{family.layers}")
+    query, key, value, _, attention_norm, inner, _, output_norm = family.parts
+    squares: dict[tuple[int, str], Tensor] = {}
+    before: dict[tuple[int, str], list[Tensor]] = {}
+    embeddings: list[Tensor] = []
+    real: Tensor
+
+    def hook(layer: int, part: str, use: Callable[[tuple[int, str], Tensor], None]) -> Any:
+        module = stack[layer].get_submodule(part)
+        return module.register_forward_pre_hook(lambda _module, inputs: use((layer, part), inputs[0][real].float()))
+
+    def keep(name: tuple[int, str], values: Tensor) -> None:
+        before.setdefault(name, []).append(values.half().cpu())
+
+    def add(name: tuple[int, str], values: Tensor) -> None:
+        squares[name] = squares.get(name, 0.0) + values.square().sum(0).cpu()
+
+    hooks = [hook(layer, norm, keep) for layer in layers for norm in (attention_norm, output_norm)]
+    hooks += [hook(layer, part, add) for layer in layers for part in (value, inner)]
+    try:
+        for batch in batches:
+            real = batch.real.to(device)
+            given = {name: values.to(device) for name, values in batch.inputs.items() if name in known}
+            embeddings.append(teacher(**given, output_hidden_states=True).hidden_states[0][real].float().cpu())
+    finally:
+        for each in hooks:
+            each.remove()
+    read = torch.zeros_like(embeddings[0][0])
+    for layer in layers:
+        for first, parts in ((value, (query, key, value)), (inner, (inner,))):
+            weights = [stack[layer].get_submodule(part).weight.float().square().sum(0).cpu() for part in parts]
+            share = squares[layer, first] * torch.stack(weights).sum(0)
+            read += share / share.sum()
+    norms = [[torch.cat(before.pop((layer, norm))) for norm in (attention_norm, output_norm)] for layer in layers]
+    return _Taught(torch.cat(embeddings), read, [(first, second) for first, second in norms])
+
+
+def _place_codes(embeddings: Any, table: Tensor, batches: Sequence[_Batch], taught: _Taught) -> _Codes:
+    """Write codes of the positions of `table` (A, T, T) into the position embedding, and say how they give the table back.
+
+    The codes of all positions have one mean, 0 over their coordinates, so that a norm does not move them.
+    """
+    tokens = table.shape[-1]
+    seen = torch.zeros(tokens, dtype=torch.float64)
+    for batch in batches:
+        seen[: batch.real.shape[1]] += batch.real.sum(0)
+    weights = (seen / seen.max()).clamp(min=_RARE)
+    root = weights.sqrt()
+    weighted = table * root[:, None] * root
+    width = len(taught.read)
+    rank = min(tokens, max(1, width // _CODE_SHARE - 1))
+    both = torch.cat([*weighted, *weighted.transpose(1, 2)], 1)
+    directions = torch.linalg.eigh(both @ both.T).eigenvectors.flip(1)[:, :rank]
+    plain = directions / root[:, None]
+    seed = torch.Generator().manual_seed(0)
+    turn = torch.randn(rank + 1, rank, generator=seed, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.cat([torch.ones(rank + 1, 1, dtype=torch.float64), turn], 1)).Q[:, 1:]
+    codes = plain @ turn.T
+    codes /= (codes.square().mean(1) * weights).sum().div(weights.sum()).sqrt()
+    inverse = torch.linalg.pinv(codes * root[:, None])
+    where = taught.read.argsort()[: rank + 1].sort().values
+    scale = float(taught.embeddings[:, where].square().mean().sqrt())
+    for words in (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings):
+        words.weight[:, where] = 0
+    embeddings.position_embeddings.weight[:tokens, where] = codes.float() * scale
+    before = _real(
+        [
+            embeddings.word_embeddings(batch.inputs["input_ids"])
+            + embeddings.token_type_embeddings(batch.inputs["token_type_ids"])
+            + embeddings.position_embeddings.weight[: batch.real.shape[1]]
+            for batch in batches
+        ],
+        batches,
+    )
+    _keep_scale(embeddings.LayerNorm, before, where)
+    return _Codes(where, inverse @ weighted @ inverse.T / scale**2, scale)
+
+
+def _keep_scale(norm: Any, before: Tensor, where: Tensor) -> None:
+    """Let a norm of inputs `before` (n, H) leave the coordinates `where` as they are, on the average."""
+    norm.weight[where] = 1 / (1 / _deviation(before)).mean()
+    norm.bias[where] = 0
+
+
+def _deviation(values: Tensor) -> Tensor:
+    return values.std(1, unbiased=False).clamp(min=1e-6)
+
+
+def _fold_scores(attention: Any, hidden: Tensor, codes: _Codes) -> None:
+    """Give each head of `attention` the query and key weights whose scores on `hidden` (n, H) are nearest to the table's."""
+    count, width = hidden.shape
+    heads = len(codes.shares)
+    size = width // heads
+    for part in (attention.query, attention.key, attention.value):
+        part.weight[:, codes.where] = 0
+    inputs = torch.cat([hidden, torch.ones(count, 1)], 1)
+    moments = (inputs.T @ inputs / count).double()
+    values, vectors = torch.linalg.eigh(moments)
+    values = values.clamp(min=_FLOOR * float(values.mean())).sqrt()
+    metric, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+    ones = torch.zeros(width + 1, len(codes.where), dtype=torch.float64)
+    ones[codes.where, torch.arange(len(codes.where))] = 1
+    for head, share in enumerate(codes.shares):
+        rows = slice(head * size, (head + 1) * size)
+        query, key = (
+            torch.cat([part.weight[rows], part.bias[rows, None]], 1).double().T
+            for part in (attention.query, attention.key)
+        )
+        left = torch.linalg.qr(metric @ torch.cat([query / math.sqrt(size), ones], 1))
+        right = torch.linalg.qr(metric @ torch.cat([key, ones @ share.T], 1))
+        outer, gains, inner = torch.linalg.svd(left.R @ right.R.T)
+        roots = gains[:size].sqrt() * size**0.25
+        for part, found in ((attention.query, left.Q @ outer), (attention.key, right.Q @ inner.T)):
+            weights = (inverse @ (found[:, :size] * roots)).T.float()
+            part.weight[rows], part.bias[rows] = weights[:, :-1], weights[:, -1]
+
+
+def _attend(attention: Any, hidden: Tensor, batches: Sequence[_Batch]) -> Tensor:
+    """Return (n, H): what the heads of `attention` gather from `hidden` (n, H), before the output weights."""
+    found, start = [], 0
+    for batch in batches:
+        count, tokens = batch.real.shape
+        padded = hidden.new_zeros(count, tokens, hidden.shape[1])
+        stop = start + int(batch.real.sum())
+        padded[batch.real] = hidden[start:stop]
+        query, key, value = (
+            part(padded).view(count, tokens, attention.num_attention_heads, -1).transpose(1, 2)
+            for part in (attention.query, attention.key, attention.value)
+        )
+        gathered = scaled_dot_product_attention(query, key, value, attn_mask=batch.real[:, None, None])
+        found.append(gathered.transpose(1, 2).flatten(2)[batch.real])
+        start = stop
+    return torch.cat(found)
+
+
+def _fit_output(
+    output: Any,
+    inner: Callable[[Tensor], Tensor],
+    source: Tensor,
+    beside: Tensor,
+    wanted: Tensor,
+    held: Tensor,
+    codes: _Codes | None,
+) -> Tensor:
+    """Move the weights of `output.dense` so that what the norm is given is nearest to `wanted`; return what the norm gives.
+
+    Args:
+        output: a layer's part with `dense` and `LayerNorm`.
+        inner: gives the inputs (.., d) of `dense`, made of `source` a block at a time, as there may be many.
+        source: (n, H).
+        beside: (n, H), added before the norm.
+        wanted: (n, H), what the teacher's norm is given.
+        held: (n,) bool, tokens that choose lambda.
+        codes: coordinates that no output touches.
+    """
+    if codes is not None:
+        output.dense.weight[codes.where] = 0
+        output.dense.bias[codes.where] = 0
+
+    def pair(rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs with a 1, (rows, d + 1), and what is missing, (rows, H), both over the deviation."""
+        inputs = inner(source[rows])
+        aim = wanted[rows].float()
+        weights = 1 / _deviation(aim)[:, None]
+        missing = (aim - output.dense(inputs) - beside[rows]) * weights
+        if codes is not None:
+            missing[:, codes.where] = 0
+        return torch.cat([inputs, torch.ones(len(inputs), 1)], 1) * weights, missing
+
+    given, missing = pair(held.nonzero().flatten())
+    width = given.shape[1]
+    moments, products = (torch.zeros(width, size, dtype=torch.float64) for size in (width, missing.shape[1]))
+    for rows in torch.split((~held).nonzero().flatten(), _TOKENS_AT_ONCE):
+        inputs, left = pair(rows)
+        moments += inputs.T @ inputs
+        products += inputs.T @ left
+    if not all(torch.isfinite(values).all() for values in (moments, products, given, missing)):
+        raise TrainingError(
+            "the student's layers cannot be fitted to the teacher's: what they compute is not finite, or above 65,504. Set "
+            "student.fit_layers: never, or look for non-finite weights in the teacher."
+        )
+    moved = _ridge_regression(moments, products, lambda change: missing - given @ change)
+    if moved is not None:
+        output.dense.weight += moved[:-1].T
+        output.dense.bias += moved[-1]
+    before = torch.cat([output.dense(inner(some)) for some in torch.split(source, _TOKENS_AT_ONCE)]) + beside
+    if codes is not None:
+        _keep_scale(output.LayerNorm, before, codes.where)
+    normed: Tensor = output.LayerNorm(before)
+    return normed
+
+
+def _ridge_regression(moments: Tensor, products: Tensor, residuals: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Return the (d, H) change whose `residuals` are least, over lambda from much to little; None where none helps.
+
+    Args:
+        moments: (d, d) float64 of the inputs.
+        products: (d, H) float64 of inputs and what is missing.
+        residuals: what is still missing on the rows held back.
+    """
+    best, least = None, float(residuals(torch.zeros_like(products).float()).square().sum())
+    for ridge in _RIDGES:
+        more = ridge * float(moments.diagonal().mean()) * torch.eye(len(moments), dtype=torch.float64)
+        moved = torch.cholesky_solve(products, torch.linalg.cholesky(moments + more)).float()
+        error = float(residuals(moved).square().sum())
+        if not error < least:
+            break
+        best, least = moved, error
+    return best

@@ -1,0 +1,232 @@
+"""A copied student's layers are fitted to what the teacher's compute, and nothing else about it changes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_inherit import SAME
+from tiny_family import family_teacher
+
+from bertemd_deploy import layer_fit
+from bertemd_deploy.capture import LayerReader
+from bertemd_deploy.encoding import Encoded
+from bertemd_deploy.errors import TrainingError
+from bertemd_deploy.families import FAMILIES
+from bertemd_deploy.layer_fit import fit_layers
+from bertemd_deploy.settings import StudentSettings
+from bertemd_deploy.students import Shape, build_student, fits_layers
+
+WIDE = {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 128}
+POSITIONS = 16
+
+
+def rows(count: int, *, seed: int, vocabulary: int = 28) -> Encoded:
+    """Return rows of 4 to 12 random tokens, all real words."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(4, 13, count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = generator.integers(5, vocabulary, offsets[-1]).astype(np.int32)
+    return Encoded(tokens, np.zeros(len(tokens), dtype=np.int8), offsets)
+
+
+def batch_of(examples: Encoded, pad: int) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(v) for name, v in examples.batch(range(len(examples)), pad_id=pad).items()}
+
+
+def errors(student: Any, teacher: Any, layers: list[int], examples: Encoded, pad: int) -> list[float]:
+    """Return, for each of the student's layers, 1 - the mean cosine of its outputs with the teacher's, but for codes."""
+    inputs = batch_of(examples, pad)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        theirs, ours = LayerReader(teacher)(inputs).hidden_states, LayerReader(student)(inputs).hidden_states
+    kept = ~carry_codes(student)
+    pairs = [(ours[at][real][:, kept], theirs[layer][real][:, kept]) for at, layer in enumerate(layers)]
+    return [1 - float(torch.cosine_similarity(*pair, dim=-1).mean()) for pair in pairs]
+
+
+def carry_codes(student: Any) -> torch.Tensor:
+    """Return (H,) bool: the coordinates that no word has a part in."""
+    return (student.bert.embeddings.word_embeddings.weight == 0).all(0)
+
+
+def wide_mpnet(tmp_path: Path) -> tuple[Any, Any]:
+    teacher, encoder = family_teacher(tmp_path, "mpnet", **WIDE)
+    table = teacher.mpnet.encoder.relative_attention_bias.weight
+    distances = torch.arange(16) * torch.tensor(
+        [[1], [-1]]
+    )  # of a bucket, exact up to 8; later keys have the other half
+    phases = torch.arange(4) * 0.8
+    table.data.copy_(3 * torch.cos(0.4 * distances.reshape(-1, 1) + phases))  # cos of a difference: a table of rank 2
+    return teacher, encoder
+
+
+def copied(teacher: Any, encoder: Any, layers: int, examples: Encoded | None = None) -> tuple[Any, str]:
+    sizes = (96, 4, 128) if teacher.config.hidden_size == 96 else (16, 2, 32)
+    return build_student(
+        teacher, shape=Shape(layers, *sizes), init="teacher", seed=1, encoder=encoder, examples=examples
+    )
+
+
+def test_a_copy_that_lacks_the_table_is_mended_on_rows_it_was_not_fitted_on(tmp_path: Path) -> None:
+    teacher, encoder = wide_mpnet(tmp_path)
+    train, other = rows(600, seed=1), rows(60, seed=2)
+    plain, told = copied(teacher, encoder, 4)
+    assert told == "teacher layers 1, 2, 3, 4"
+    fitted, told = copied(teacher, encoder, 4, train)
+    assert told == "teacher layers 1, 2, 3, 4, fitted"
+    before, after = (errors(model, teacher, [0, 1, 2, 3], other, encoder.pad_id) for model in (plain, fitted))
+    assert all(new < 0.6 * old for old, new in zip(before, after, strict=True)), (before, after)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_layers_are_made_up_for_in_every_family(family: str, tmp_path: Path) -> None:
+    teacher, encoder = family_teacher(tmp_path, family)
+    train, other = rows(600, seed=1), rows(60, seed=2)
+    layers = [1, 3]
+    before, after = (
+        errors(copied(teacher, encoder, 2, examples)[0], teacher, layers, other, encoder.pad_id)
+        for examples in (None, train)
+    )
+    assert all(new < 0.8 * old for old, new in zip(before, after, strict=True)), (before, after)
+
+
+def test_a_copy_that_computes_the_same_is_left_as_it_is(tmp_path: Path) -> None:
+    teacher, encoder = family_teacher(tmp_path, "bert")
+    student, _ = build_student(teacher, shape=SAME, init="teacher", seed=1, encoder=encoder)
+    before = copy.deepcopy(student.state_dict())
+    cosines = fit_layers(
+        student, teacher, rows(200, seed=1), layers=range(4), pad_id=encoder.pad_id, max_length=POSITIONS
+    )
+    assert cosines == pytest.approx([1.0] * 4, abs=1e-5)
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-3, atol=1e-4)
+
+
+def test_only_what_is_fitted_changes(tmp_path: Path) -> None:
+    teacher, encoder = family_teacher(tmp_path, "bert")
+    weights = copy.deepcopy(teacher.state_dict())
+    plain, _ = copied(teacher, encoder, 2)
+    fitted, _ = copied(teacher, encoder, 2, rows(200, seed=1))
+    changed = {name for name, value in fitted.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
+    assert changed == {
+        f"bert.encoder.layer.{layer}.{part}.dense.{leaf}"
+        for layer in range(2)
+        for part in ("attention.output", "output")
+        for leaf in ("weight", "bias")
+    }
+    assert all(torch.equal(value, weights[name]) for name, value in teacher.state_dict().items())
+    assert not any(module._forward_pre_hooks for name, module in teacher.named_modules() if name)
+    again, _ = copied(teacher, encoder, 2, rows(200, seed=1))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in fitted.state_dict().items())
+
+
+def test_the_outputs_are_a_ridge_regression() -> None:
+    """The change solves argmin sum_t |e_t - dW a_t|^2 / s_t^2 + lambda |dW|^2, with the best lambda for rows held back."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, beside, wanted = (torch.randn(50, width, generator=generator) for width in (7, 5, 5))
+    wanted = wanted + inputs @ torch.randn(7, 5, generator=generator)
+    held = torch.arange(50) % 3 == 2
+    part = torch.nn.Module()
+    part.dense, part.LayerNorm = torch.nn.Linear(7, 5), torch.nn.LayerNorm(5)
+    weights = torch.cat([part.dense.weight, part.dense.bias[:, None]], 1).double()
+    with torch.no_grad():
+        layer_fit._fit_output(part, torch.nn.Identity(), inputs, beside, wanted, held, None)
+    moved = torch.cat([part.dense.weight, part.dense.bias[:, None]], 1).double() - weights
+    scale = 1 / wanted.double().std(1, unbiased=False, keepdim=True)
+    given = torch.cat([inputs, torch.ones(50, 1)], 1).double()
+    missing = wanted.double() - given @ weights.T - beside.double()
+    given, missing = given * scale, missing * scale
+    tried = []
+    for ridge in layer_fit._RIDGES:
+        root = (ridge * given[~held].square().sum(0).mean()).sqrt()
+        augmented = torch.cat([given[~held], root * torch.eye(8)])
+        change = torch.linalg.lstsq(augmented, torch.cat([missing[~held], torch.zeros(8, 5)])).solution
+        tried.append((float((missing - given @ change)[held].square().sum()), change))
+    best = min(range(len(tried)), key=lambda at: tried[at][0])
+    assert 0 < best < len(tried) - 1 or tried[best][0] < tried[0][0]
+    torch.testing.assert_close(moved, tried[best][1].T, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_moves_where_rows_held_back_gain_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, beside, noise = (torch.randn(24, width, generator=generator) for width in (20, 5, 5))
+    part = torch.nn.Module()
+    part.dense, part.LayerNorm = torch.nn.Linear(20, 5), torch.nn.LayerNorm(5)
+    before = copy.deepcopy(part.state_dict())
+    held = torch.arange(24) % 2 == 1
+    with torch.no_grad():
+        exact = part.dense(inputs) + beside
+        wanted = torch.where(held[:, None], exact, exact + noise)  # what is missing on the fitted rows is chance
+        layer_fit._fit_output(part, torch.nn.Identity(), inputs, beside, wanted, held, None)
+    assert all(torch.equal(value, before[name]) for name, value in part.state_dict().items())
+
+
+def test_positions_stay_readable_in_every_layer(tmp_path: Path) -> None:
+    teacher, encoder = wide_mpnet(tmp_path)
+    train = rows(600, seed=1)
+    student, _ = copied(teacher, encoder, 4, train)
+    table = student.bert.embeddings.position_embeddings.weight
+    read = carry_codes(student)
+    assert int(read.sum()) == 96 // layer_fit._CODE_SHARE
+    codes = table[:POSITIONS, read]
+    torch.testing.assert_close(codes.mean(1), torch.zeros(POSITIONS), rtol=0, atol=1e-6)
+    inputs = batch_of(rows(60, seed=2), encoder.pad_id)
+    real = inputs["attention_mask"].bool()
+    places = torch.arange(real.shape[1]).expand_as(real)[real]
+    with torch.no_grad():
+        hidden = LayerReader(student)(inputs).hidden_states
+        expected = codes[places]
+    for layer in hidden:
+        held = layer[real][:, read]
+        held = held - held.mean(1, keepdim=True)  # what a norm subtracts from all coordinates, no scores read
+        scale = float((held * expected).sum() / expected.square().sum())
+        assert float((held - scale * expected).norm() / held.norm()) < 0.35
+    for layer in student.bert.encoder.layer:
+        assert not layer.attention.output.dense.weight[read].any()
+        assert not layer.output.dense.weight[read].any()
+        assert not layer.intermediate.dense.weight[:, read].any()
+
+
+@pytest.mark.parametrize("what", ["teacher", "student"])
+def test_what_is_not_finite_is_refused(what: str, tmp_path: Path) -> None:
+    teacher, encoder = family_teacher(tmp_path, "bert")
+    student, _ = copied(teacher, encoder, 2)
+    model = {"teacher": teacher, "student": student}[what]
+    model.bert.encoder.layer[1].intermediate.dense.bias.data[3] = float("nan")
+    with pytest.raises(TrainingError, match="cannot be fitted to the teacher's: what they compute is not finite"):
+        fit_layers(student, teacher, rows(20, seed=1), layers=[1, 3], pad_id=encoder.pad_id, max_length=POSITIONS)
+
+
+def test_few_rows_are_enough_to_run_and_many_are_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, encoder = family_teacher(tmp_path, "bert")
+    student, told = copied(teacher, encoder, 2, rows(1, seed=1))
+    assert told.endswith("fitted")
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+    used: list[int] = []
+    plain = layer_fit._batches
+
+    def batches(*given: Any, **named: Any) -> Any:
+        found = plain(*given, **named)
+        used.append(sum(int(batch.real.sum()) for batch in found))
+        return found
+
+    monkeypatch.setattr(layer_fit, "_batches", batches)
+    monkeypatch.setattr(layer_fit, "FIT_TOKENS", 100)
+    copied(teacher, encoder, 2, rows(500, seed=1))
+    monkeypatch.setattr(layer_fit, "_TAUGHT_BYTES", 60 * 2 * 2 * 16 * 2)
+    copied(teacher, encoder, 2, rows(500, seed=1))
+    assert 60 < used[0] <= 110
+    assert 35 < used[1] <= 70
+
+
+def test_layers_are_fitted_where_a_copy_lacks_positions_or_it_is_asked_for() -> None:
+    configs = {name: {"model_type": name} for name in FAMILIES}
+    assert [name for name, config in configs.items() if fits_layers("auto", config)] == ["mpnet"]
+    assert all(fits_layers("always", config) for config in configs.values())
+    assert not any(fits_layers("never", config) for config in configs.values())
+    assert StudentSettings().fit_layers == "auto"
