@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import fcntl
 import json
@@ -110,11 +109,10 @@ def main() -> None:
 
 def settings_text(cell: Cell) -> str:
     """Return what tells a cell's distillation from the defaults, in a line."""
-    from bertemd_deploy.settings import DistillSettings
+    from glue_settings import PLAIN, distill_settings
 
-    plain, own = dataclasses.asdict(DistillSettings()), cell.recipe.to_dict()["distill"]
-    names = [name for name in plain if name not in ("mapping", "seed") and own[name] != plain[name]]
-    return " ".join(f"{name}={own[name]}" for name in names)
+    own = distill_settings(cell.recipe.to_dict())
+    return " ".join(f"{name}={own[name]}" for name in own if name != "mapping" and own[name] != PLAIN[name])
 
 
 def share_out(jobs: int) -> int:

@@ -20,6 +20,7 @@ from bertemd_deploy.files import sha256_json
 
 PLAN = Path(__file__).with_name("glue.yaml")
 ROWS_SEED = 20201116  # any fixed number: the same rows are held out for every setting, and judge every int8 graph
+OF_STUDENT = ("fit_layers",)  # of a mapping's settings, what belongs to the student's section
 GATE_ROWS = 400  # of train, on which the form of int8 is chosen
 
 
@@ -153,12 +154,13 @@ def _cell(
 ) -> Cell:
     own = entry["tasks"][task]
     variant = str(setting["variant"])
-    tried = {name: value for name, value in setting.items() if name != "variant"}
+    tried = {name: value for name, value in setting.items() if name not in ("variant", *OF_STUDENT)}
+    student = {name: setting[name] for name in OF_STUDENT if name in setting}
     base = own["distill"] | entry["variants"][variant]
     content = {
         "teacher": {"model": entry["encoder"]} | own["teacher"],
         "data": {"path": task, "task": task} | own.get("data", {}),
-        "student": entry["student"],
+        "student": entry["student"] | student,
         "distill": base | tried | {"seed": seed},
         "export": entry.get("export", {}),
         "quantize": entry.get("quantize", {}),

@@ -11,15 +11,16 @@ from glue_plan import Cell, cells
 from glue_stats import Grid, Line, Lines, mean_sd, metric_names, same_origin
 from glue_words import NOT_RUN, listed, spread, table
 
-from bertemd_deploy.settings import DistillSettings
+from bertemd_deploy.settings import DistillSettings, StudentSettings
 
 Settings = Mapping[str, Any]
 NO_MATTER = ("seed", "teacher_cache_bytes")  # of what a student is, to rounding
+PLAIN: dict[str, Any] = dataclasses.asdict(DistillSettings()) | {"fit_layers": StudentSettings().fit_layers}
 
 
 def distill_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a student of a recipe depends on besides its seed; what came after the record is as by default."""
-    found = dataclasses.asdict(DistillSettings()) | recipe["distill"]
+    found = PLAIN | recipe["distill"] | {"fit_layers": recipe.get("student", {}).get("fit_layers", PLAIN["fit_layers"])}
     return {name: value for name, value in found.items() if name not in NO_MATTER}
 
 
@@ -147,16 +148,14 @@ def _by_key(lines: Lines) -> dict[str, list[Line]]:
 
 def _telling(settings: Sequence[Settings]) -> tuple[list[str], list[str]]:
     """Return which settings are not everywhere as by default, and which of these are the same everywhere."""
-    plain = dataclasses.asdict(DistillSettings())
-    names = [name for name in plain if name not in ("mapping", *NO_MATTER)]
-    names = [name for name in names if any(one[name] != plain[name] for one in settings)]
+    names = [name for name in PLAIN if name not in ("mapping", *NO_MATTER)]
+    names = [name for name in names if any(one[name] != PLAIN[name] for one in settings)]
     shared = [name for name in names if len(settings) > 1 and all(one[name] == settings[0][name] for one in settings)]
     return names, shared
 
 
 def _text(settings: Settings, names: Sequence[str], *, but: Sequence[str] = ()) -> str:
-    plain = dataclasses.asdict(DistillSettings())
-    own = [f"{name} {settings[name]}" for name in names if name not in but and settings[name] != plain[name]]
+    own = [f"{name} {settings[name]}" for name in names if name not in but and settings[name] != PLAIN[name]]
     return ", ".join(own) or "as by default"
 
 

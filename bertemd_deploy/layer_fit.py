@@ -28,10 +28,11 @@ from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 from bertemd_deploy.encoding import Encoded, length_batches
 from bertemd_deploy.errors import TrainingError
 from bertemd_deploy.families import family_of, known_inputs
+from bertemd_deploy.models import output_layer
 from bertemd_deploy.position_scores import position_scores
 
-FIT_TOKENS = 100_000
-_TAUGHT_BYTES = 2 << 30  # most that the teacher's outputs may take
+FIT_TOKENS = 40_000
+_TAUGHT_BYTES = 1 << 30  # most that the teacher's outputs may take
 _TOKENS_AT_ONCE = 4096
 _RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # lambda, over the mean of the inputs' moments
 _HELD = 8  # one row of so many is held back
@@ -111,11 +112,12 @@ def fit_layers(
         table = position_scores(teacher, max_length)
         codes = None if table is None else _place_codes(bert.embeddings, table.cpu().double(), batches, taught)
         held = torch.cat([batch.held for batch in batches])
+        told = (held if held.any() else ~held).nonzero().flatten()
         hidden = _real([bert.embeddings(**_named(batch)) for batch in batches], batches)
         for layer, (before_attention_norm, before_output_norm) in zip(
             bert.encoder.layer, taught.before_norms, strict=True
         ):
-            theirs = layer.output.LayerNorm(before_output_norm.float())  # still the teacher's norm
+            theirs = layer.output.LayerNorm(before_output_norm[told].float())  # still the teacher's norm
             if codes is not None:
                 _fold_scores(layer.attention.self, hidden, codes)
                 layer.intermediate.dense.weight[:, codes.where] = 0
@@ -126,10 +128,10 @@ def fit_layers(
             kept = torch.ones(hidden.shape[1], dtype=torch.bool)
             if codes is not None:
                 kept[codes.where] = False
-            told = held if held.any() else ~held
-            cosines.append(float(cosine_similarity(hidden[told][:, kept], theirs[told][:, kept], dim=-1).mean()))
+            cosines.append(float(cosine_similarity(hidden[told][:, kept], theirs[:, kept], dim=-1).mean()))
         if codes is not None:
-            bert.pooler.dense.weight[:, codes.where] = 0
+            head = output_layer(student) if bert.pooler is None else bert.pooler.dense
+            head.weight[:, codes.where] = 0
     return cosines
 
 
@@ -245,7 +247,7 @@ def _keep_scale(norm: Any, before: Tensor, where: Tensor) -> None:
 
 
 def _deviation(values: Tensor) -> Tensor:
-    return values.std(1, unbiased=False).clamp(min=1e-6)
+    return (values - values.mean(1, keepdim=True)).square().mean(1).sqrt().clamp(min=1e-6)
 
 
 def _fold_scores(attention: Any, hidden: Tensor, codes: _Codes) -> None:

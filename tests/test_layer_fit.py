@@ -18,6 +18,7 @@ from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import TrainingError
 from bertemd_deploy.families import FAMILIES
 from bertemd_deploy.layer_fit import fit_layers
+from bertemd_deploy.models import output_layer
 from bertemd_deploy.settings import StudentSettings
 from bertemd_deploy.students import Shape, build_student, fits_layers
 
@@ -83,6 +84,18 @@ def test_a_copy_that_lacks_the_table_is_mended_on_rows_it_was_not_fitted_on(tmp_
     assert all(new < 0.6 * old for old, new in zip(before, after, strict=True)), (before, after)
 
 
+@pytest.mark.parametrize("kind", ["token-classification", "question-answering"])
+def test_a_head_over_tokens_does_not_read_the_codes(kind: Any, tmp_path: Path) -> None:
+    teacher, encoder = family_teacher(tmp_path, "mpnet", kind=kind)
+    student, told = build_student(
+        teacher, shape=SAME, init="teacher", seed=1, encoder=encoder, kind=kind, examples=rows(100, seed=1)
+    )
+    assert told.endswith("fitted")
+    weight = output_layer(student).weight
+    assert not weight[:, carry_codes(student)].any()
+    assert torch.equal(weight[:, ~carry_codes(student)], output_layer(teacher).weight[:, ~carry_codes(student)])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_missing_layers_are_made_up_for_in_every_family(family: str, tmp_path: Path) -> None:
     teacher, encoder = family_teacher(tmp_path, family)
@@ -140,7 +153,7 @@ def test_the_outputs_are_a_ridge_regression() -> None:
     scale = 1 / wanted.double().std(1, unbiased=False, keepdim=True)
     given = torch.cat([inputs, torch.ones(50, 1)], 1).double()
     missing = wanted.double() - given @ weights.T - beside.double()
-    given, missing = given * scale, missing * scale
+    given, missing, moved = given * scale, (missing * scale).detach(), moved.detach()
     tried = []
     for ridge in layer_fit._RIDGES:
         root = (ridge * given[~held].square().sum(0).mean()).sqrt()
