@@ -258,6 +258,7 @@ def _make_student(
         seed=settings.seed,
         encoder=encoder,
         kind=kind,
+        dropout=settings.dropout,
         examples=examples if fits_layers(student.fit_layers, source) else None,
     )
     widths = {"student_hidden": int(shape.hidden or 0), "teacher_hidden": theirs.hidden}

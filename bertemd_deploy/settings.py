@@ -120,6 +120,7 @@ class DistillSettings:
             serves, are left out of the flow (`emd` and `emd-fixed`; `skip` and `last` leave the student's out anyway).
         cost_scale: "absolute", as published, or "relative" to the mean square of the teacher layer, which weighs attention
             and hidden states, and early and late layers, alike.
+        dropout: of the student's hidden states and attention; null takes the teacher's.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
         precision: of matrix products in training, as in `TeacherSettings`.
         micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same up to rounding
@@ -156,6 +157,7 @@ class DistillSettings:
     transported_mass: float = bounded(1.0, 0.05, 1)
     mapped_layers: MappedLayers = "all"
     cost_scale: CostScale = "absolute"
+    dropout: float | None = bounded(None, 0, 0.9)
     hidden_projection: bool = False
     micro_batch_size: int | None = bounded(None, 1, 4096)
     teacher_cache_bytes: int = bounded(0, 0)

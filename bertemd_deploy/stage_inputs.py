@@ -37,6 +37,7 @@ _LATER_DISTILL: dict[str, Any] = {
     "transported_mass": 1.0,
     "mapped_layers": "all",
     "cost_scale": "absolute",
+    "dropout": None,
 }
 _LATER_EXPORT = ("target", "vocabulary", "tokenizer_inside")
 _LATER_QUANTIZE = ("max_changed", "embedding_bits", "float16_on_cpu")

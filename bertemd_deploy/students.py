@@ -93,6 +93,7 @@ def build_student(
     encoder: TextEncoder,
     kind: Kind = "classification",
     examples: Encoded | None = None,
+    dropout: float | None = None,
 ) -> tuple[nn.Module, str]:
     """Return the student, a BERT in eval mode, and a sentence on where its weights come from.
 
@@ -104,6 +105,7 @@ def build_student(
         encoder: the teacher's tokenizer, which is the student's.
         kind: of the task; decides which head the student has.
         examples: rows of train on which layers copied from the teacher are fitted (`layer_fit`); None leaves them as copied.
+        dropout: of hidden states and attention; None takes the teacher's two.
 
     Raises:
         TrainingError: what the teacher computes is not finite, so nothing can be fitted to it.
@@ -124,7 +126,7 @@ def build_student(
                 "cannot be copied. Set student.init to a checkpoint, or to random."
             )
         layers = even_layers(theirs.layers, shape.layers)
-        student = _empty_student(source, source, shape=shape, seed=seed, encoder=encoder, kind=kind)
+        student = _empty_student(source, source, shape=shape, seed=seed, encoder=encoder, kind=kind, dropout=dropout)
         fitted = examples is not None
         fill(
             student,
@@ -151,7 +153,9 @@ def build_student(
         warn(
             "the student starts from RANDOM weights: expect far lower accuracy than from a checkpoint or teacher layers"
         )
-        return _empty_student(source, source, shape=shape, seed=seed, encoder=encoder, kind=kind), "random weights"
+        return _empty_student(
+            source, source, shape=shape, seed=seed, encoder=encoder, kind=kind, dropout=dropout
+        ), "random weights"
     folder = find_model(start)
     config: dict[str, Any] = read_config(folder).to_dict()
     given = sizes(config)
@@ -163,7 +167,7 @@ def build_student(
         )
     deep = given.layers
     layers = even_layers(deep, shape.layers) if deep > shape.layers else list(range(shape.layers))
-    student = _empty_student(source, config, shape=shape, seed=seed, encoder=encoder, kind=kind)
+    student = _empty_student(source, config, shape=shape, seed=seed, encoder=encoder, kind=kind, dropout=dropout)
     stored = stored_weights(folder)
     _match_words(stored, folder, config, encoder=encoder, rows=int(source["vocab_size"]))
     fill(student, stored, config, layers=layers, kind=kind, where=str(folder), whole=False, folded=False)
@@ -182,6 +186,7 @@ def _empty_student(
     seed: int,
     encoder: TextEncoder,
     kind: Kind,
+    dropout: float | None,
 ) -> nn.Module:
     """Return a BERT with random weights: the teacher's vocabulary and labels, the functions that `weights` are made for.
 
@@ -192,6 +197,7 @@ def _empty_student(
         seed: of the random weights.
         encoder: the teacher's tokenizer.
         kind: of the task.
+        dropout: of hidden states and attention; None takes the teacher's two.
 
     Raises:
         ModelError: the texts may be longer than the positions that `weights` has.
@@ -218,6 +224,8 @@ def _empty_student(
         "layer_norm_eps": norm_epsilon(weights),
         "max_position_embeddings": rows,
     }  # fmt: skip
+    if dropout is not None:
+        fields |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built: Any = auto_class(kind).from_config(BertConfig(**fields), attn_implementation="sdpa")

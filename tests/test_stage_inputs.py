@@ -59,6 +59,7 @@ def recipe(model: Path, **changes: dict[str, Any]) -> Recipe:
         {"distill": {"transported_mass": 0.5}},
         {"distill": {"mapped_layers": "intermediate"}},
         {"distill": {"cost_scale": "relative"}},
+        {"distill": {"dropout": 0.0}},
     ],
 )
 def test_later_settings_are_inputs_where_they_do_something(teacher: Path, change: dict[str, Any]) -> None:

@@ -109,6 +109,10 @@ def test_a_random_student_of_any_teacher_has_its_own_sizes(tmp_path: Path) -> No
     student, _ = build_student(teacher, shape=shape, init="random", seed=1, encoder=encoder)
     assert student.config.hidden_act == "gelu"
     assert (student.config.hidden_dropout_prob, student.config.attention_probs_dropout_prob) == (0.3, 0.2)
+    exact, _ = build_student(teacher, shape=shape, init="random", seed=1, encoder=encoder, dropout=0.0)
+    assert {module.p for module in exact.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    batch = padded_batch()
+    assert torch.equal(exact.train()(**batch).logits, exact.eval()(**batch).logits)
     assert student(**padded_batch()).logits.shape == (3, 2)
 
 
