@@ -105,7 +105,7 @@ def distill(
     teacher_metrics = check_teacher(teacher_logits, dev, task=data.task, names=data.labels, where=str(teacher_folder))
     note("teacher: dev " + " ".join(f"{name} {value:.4f}" for name, value in teacher_metrics.items()))
     trained, sizes, start = _make_student(
-        teacher, encoder, train.examples if processes.main else None, student=student, settings=settings, kind=kind
+        teacher, encoder, train.examples, student=student, settings=settings, kind=kind
     )
     note(
         f"student: {sizes['student_layers']} of {sizes['teacher_layers']} layers, from {start}; mapping {settings.mapping}"
@@ -239,16 +239,13 @@ def _teacher_cache(
 def _make_student(
     teacher: nn.Module,
     encoder: TextEncoder,
-    examples: Encoded | None,
+    examples: Encoded,
     *,
     student: StudentSettings,
     settings: DistillSettings,
     kind: Kind,
 ) -> tuple[Distiller, dict[str, int], str]:
-    """Return the module to train, the two layer counts, and where the student's weights come from.
-
-    Without `examples` the layers stay as copied; of several processes only the main one fits them, for all.
-    """
+    """Return the module to train, the two layer counts, and where the student's weights come from."""
     source: dict[str, Any] = teacher.config.to_dict()  # type: ignore[union-attr, operator]
     theirs, shape = teacher_sizes(source), student_shape(student, source)
     model, told = build_student(

@@ -4,13 +4,16 @@ A copied layer computes on another input than in the teacher, as layers before i
 table P to its scores (`position_scores`), a BERT has no place for it. Both are mended before any training, on some thousand
 tokens of train, layer by layer from the first one, each on what the fitted ones before it give:
 
-    positions   P ~ codes D codes^T, least squares weighted by how often two positions are real. The coordinates of the hidden
-                states that the teacher's layers read least carry the codes, and the norms keep them in scale.
+    positions   P ~ codes D codes^T, least squares weighted by how often the one position is real and how often the other. The
+                coordinates of the hidden states that the teacher's layers read least carry the codes, the norms keep them in
+                scale, and what the layers read there is kept on the average, in their biases.
     scores      a head's query and key weights become the best factors of rank d, in the metric of the layer's own inputs, of
                 Wq^T Wk / sqrt(d) with D added where the codes are
     outputs     attention's and feed-forward's output weights move by ridge regression towards what the teacher's layer gives
                 to its norms, argmin sum_t |e_t - dW a_t|^2 / s_t^2 + lambda |dW|^2, with s_t the deviation that the norm
-                divides by; lambda is the best one for rows held back, and where none is better than dW = 0 nothing moves
+                divides by; lambda falls for as long as rows held back gain by it, and where none does nothing moves
+
+Where the fitted layers are no nearer to the teacher's than the copied ones, on the rows held back, they stay as copied.
 """
 
 from __future__ import annotations
@@ -37,20 +40,21 @@ _TOKENS_AT_ONCE = 4096
 _RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # lambda, over the mean of the inputs' moments
 _HELD = 8  # one row of so many is held back
 _CODE_SHARE = 24  # one coordinate of so many carries codes
-_RARE = 1e-3  # weight of a position that no row reaches, against one that all do
+_RARE = 0.05  # least weight of a position, against one that all rows reach
+_LEAST_SCALE = 0.1  # of the codes, against the root mean square of the embeddings' coordinates
 _FLOOR = 1e-6  # of the inputs' second moments, against their mean
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of like length: the model's inputs, (B, T) each, what is real of them, (B, T) bool, and what of that is held back.
+    """Rows of like length: the model's inputs, (B, T) each, and what is real of them, (B, T) bool.
 
-    `held` is (real tokens,) bool: tokens of the rows that are not fitted, but say how well the others were.
+    `held_rows` is (B,) bool: rows that are held back, as they tell how well the others were fitted.
     """
 
     inputs: dict[str, Tensor]
     real: Tensor
-    held: Tensor
+    held_rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,13 @@ class _Taught:
     Attributes:
         embeddings: (n, H) hidden states before the first layer.
         read: (H,) what share of the chosen layers' inputs each coordinate makes, weighted by the weights that read it.
+        means: for each chosen layer two (H,): the mean of what attention reads, and of what the feed-forward part reads.
         before_norms: for each chosen layer two (n, H) float16: attention's output plus its input, feed-forward's plus its.
     """
 
     embeddings: Tensor
     read: Tensor
+    means: list[tuple[Tensor, Tensor]]
     before_norms: list[tuple[Tensor, Tensor]]
 
 
@@ -83,10 +89,28 @@ class _Codes:
     scale: float
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How near a student's layers are to the teacher's on rows that were held back.
+
+    Attributes:
+        copied: for each layer, the mean cosine of its outputs with the teacher's as it was copied.
+        fitted: and as it was fitted, without the coordinates that carry positions.
+    """
+
+    copied: list[float]
+    fitted: list[float]
+
+    @property
+    def helps(self) -> bool:
+        """Whether the mean over the layers is higher for the fit."""
+        return sum(self.fitted) > sum(self.copied)
+
+
 def fit_layers(
     student: nn.Module, teacher: nn.Module, examples: Encoded, *, layers: Sequence[int], pad_id: int, max_length: int
-) -> list[float]:
-    """Fit the layers of a student that was copied from `teacher`, in place.
+) -> Fit:
+    """Fit the layers of a student that was copied from `teacher`, in place; where that does not help they stay as copied.
 
     Args:
         student: a BERT of the teacher's width on the CPU, in eval mode, its layer j copied from the teacher's `layers[j]`.
@@ -96,61 +120,108 @@ def fit_layers(
         pad_id: of the tokenizer.
         max_length: T, positions that a table of position scores is folded for.
 
-    Returns:
-        For each of the student's layers, the mean cosine of its outputs with the teacher's, on the rows held back and
-        without the coordinates that carry positions.
-
     Raises:
         TrainingError: what the teacher or the student computes is not finite.
     """
     bert: Any = student.get_submodule("bert")
     most = min(FIT_TOKENS, _TAUGHT_BYTES // (2 * 2 * bert.config.hidden_size * len(layers)))
     batches = _batches(examples, most=most, pad_id=pad_id)
-    cosines = []
+    before = {name: values.clone() for name, values in student.state_dict().items()}
     with torch.no_grad():
         taught = _run_teacher(teacher, batches, layers)
+        copied = _cosines(bert, batches, taught)
         table = position_scores(teacher, max_length)
         codes = None if table is None else _place_codes(bert.embeddings, table.cpu().double(), batches, taught)
-        held = torch.cat([batch.held for batch in batches])
-        told = (held if held.any() else ~held).nonzero().flatten()
-        hidden = _real([bert.embeddings(**_named(batch)) for batch in batches], batches)
-        for layer, (before_attention_norm, before_output_norm) in zip(
-            bert.encoder.layer, taught.before_norms, strict=True
-        ):
-            theirs = layer.output.LayerNorm(before_output_norm[told].float())  # still the teacher's norm
-            if codes is not None:
-                _fold_scores(layer.attention.self, hidden, codes)
-                layer.intermediate.dense.weight[:, codes.where] = 0
-            context = _attend(layer.attention.self, hidden, batches)
-            part = layer.attention.output
-            hidden = _fit_output(part, nn.Identity(), context, hidden, before_attention_norm, held, codes)
-            hidden = _fit_output(layer.output, layer.intermediate, hidden, hidden, before_output_norm, held, codes)
-            kept = torch.ones(hidden.shape[1], dtype=torch.bool)
-            if codes is not None:
-                kept[codes.where] = False
-            cosines.append(float(cosine_similarity(hidden[told][:, kept], theirs[:, kept], dim=-1).mean()))
+        found = Fit(copied, _fit_each(bert, batches, taught, codes))
         if codes is not None:
             head = output_layer(student) if bert.pooler is None else bert.pooler.dense
             head.weight[:, codes.where] = 0
+    if not found.helps:
+        student.load_state_dict(before)
+    return found
+
+
+def _not_finite() -> TrainingError:
+    return TrainingError(
+        "the student's layers cannot be fitted to the teacher's: what they compute is not finite, or above 65,504. Set "
+        "student.fit_layers: never, or look for non-finite weights in the teacher."
+    )
+
+
+def _cosines(bert: Any, batches: Sequence[_Batch], taught: _Taught) -> list[float]:
+    """Return the mean cosine of each layer's outputs with the teacher's on the rows held back."""
+    outputs: list[list[Tensor]] = [[] for _ in taught.before_norms]
+    for batch in batches:
+        if batch.held_rows.any():
+            mask, named = batch.real[batch.held_rows], _named(bert, batch)
+            inputs = {name: values[batch.held_rows] for name, values in named.items()}
+            hidden = bert(**inputs, attention_mask=mask.long(), output_hidden_states=True).hidden_states[1:]
+            for values, found in zip(hidden, outputs, strict=True):
+                found.append(values[mask])
+    held = _held(batches).nonzero().flatten()
+    norms = [layer.output.LayerNorm for layer in bert.encoder.layer]  # still the teacher's
+    theirs = [norm(before[held].float()) for norm, (_, before) in zip(norms, taught.before_norms, strict=True)]
+    return [
+        float(cosine_similarity(torch.cat(ours), aim, dim=-1).mean()) for ours, aim in zip(outputs, theirs, strict=True)
+    ]
+
+
+def _fit_each(bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: _Codes | None) -> list[float]:
+    """Fit layer after layer; return the mean cosine of each one's outputs with the teacher's on the rows held back."""
+    held = _held(batches)
+    kept = torch.ones(bert.config.hidden_size, dtype=torch.bool)
+    if codes is not None:
+        kept[codes.where] = False
+    hidden = _real([bert.embeddings(**_named(bert, batch)) for batch in batches], batches)
+    cosines = []
+    for layer, (at_attention, at_output), (read, read_inside) in zip(
+        bert.encoder.layer, taught.before_norms, taught.means, strict=True
+    ):
+        theirs = layer.output.LayerNorm(at_output[held].float())  # still the teacher's norm
+        attention, part = layer.attention.self, layer.attention.output
+        if codes is not None:
+            for reader in (attention.query, attention.key, attention.value):
+                _stop_reading(reader, codes.where, read)
+            _stop_reading(layer.intermediate.dense, codes.where, read_inside)
+            _fold_scores(attention, hidden, codes)
+        context = _attend(attention, hidden, batches)
+        hidden = _fit_output(part, nn.Identity(), context, hidden, at_attention, held, codes)
+        hidden = _fit_output(layer.output, layer.intermediate, hidden, hidden, at_output, held, codes)
+        cosines.append(float(cosine_similarity(hidden[held][:, kept], theirs[:, kept], dim=-1).mean()))
     return cosines
+
+
+def _held(batches: Sequence[_Batch]) -> Tensor:
+    """Return (n,) bool: the real tokens of the rows held back."""
+    return torch.cat([batch.held_rows[:, None].expand_as(batch.real)[batch.real] for batch in batches])
+
+
+def _stop_reading(dense: Any, where: Tensor, means: Tensor) -> None:
+    """Let `dense` read nothing from the coordinates `where` any more, but have in its bias what it read on the average."""
+    dense.bias += dense.weight[:, where] @ means[where]
+    dense.weight[:, where] = 0
+
+
+def _blocks(tokens: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tokens, _TOKENS_AT_ONCE)
 
 
 def _batches(examples: Encoded, *, most: int, pad_id: int) -> list[_Batch]:
     """Return evenly spaced rows that hold about `most` tokens, in batches of like length."""
     count = max(1, min(len(examples), len(examples) * most // max(1, int(examples.lengths.sum()))))
     chosen = examples.select(np.linspace(0, len(examples) - 1, count).round().astype(np.int64))
-    every = max(2, min(_HELD, count))
+    every = min(_HELD, count)
     found = []
     for rows in length_batches(chosen.lengths, batch_size=max(1, _TOKENS_AT_ONCE // int(chosen.lengths.max()))):
         inputs = {name: torch.from_numpy(values) for name, values in chosen.batch(rows, pad_id=pad_id).items()}
-        real = inputs["attention_mask"].bool()
-        held = torch.from_numpy(rows % every == every - 1)[:, None].expand_as(real)[real]
-        found.append(_Batch(inputs, real, held))
+        held_rows = torch.from_numpy(rows % every == every - 1)
+        found.append(_Batch(inputs, inputs["attention_mask"].bool(), held_rows))
     return found
 
 
-def _named(batch: _Batch) -> dict[str, Tensor]:
-    return {name: batch.inputs[name] for name in ("input_ids", "token_type_ids")}
+def _named(bert: Any, batch: _Batch) -> dict[str, Tensor]:
+    known = known_inputs(bert.config.to_dict())
+    return {name: batch.inputs[name] for name in ("input_ids", "token_type_ids") if name in known}
 
 
 def _real(padded: Sequence[Tensor], batches: Sequence[_Batch]) -> Tensor:
@@ -163,8 +234,11 @@ def _run_teacher(teacher: nn.Module, batches: Sequence[_Batch], layers: Sequence
     family, known = family_of(config), known_inputs(config)
     device = next(teacher.parameters()).device
     stack: Any = teacher.get_submodule(f"{family.prefix}.{family.layers}")
+    for each in stack:
+        each.chunk_size_feed_forward = 0  # the same outputs, for all tokens at once
     query, key, value, _, attention_norm, inner, _, output_norm = family.parts
     squares: dict[tuple[int, str], Tensor] = {}
+    sums: dict[tuple[int, str], Tensor] = {}
     before: dict[tuple[int, str], list[Tensor]] = {}
     embeddings: list[Tensor] = []
     real: Tensor
@@ -178,6 +252,7 @@ def _run_teacher(teacher: nn.Module, batches: Sequence[_Batch], layers: Sequence
 
     def add(name: tuple[int, str], values: Tensor) -> None:
         squares[name] = squares.get(name, 0.0) + values.square().sum(0).cpu()
+        sums[name] = sums.get(name, 0.0) + values.sum(0).cpu()
 
     hooks = [hook(layer, norm, keep) for layer in layers for norm in (attention_norm, output_norm)]
     hooks += [hook(layer, part, add) for layer in layers for part in (value, inner)]
@@ -196,7 +271,9 @@ def _run_teacher(teacher: nn.Module, batches: Sequence[_Batch], layers: Sequence
             share = squares[layer, first] * torch.stack(weights).sum(0)
             read += share / share.sum()
     norms = [[torch.cat(before.pop((layer, norm))) for norm in (attention_norm, output_norm)] for layer in layers]
-    return _Taught(torch.cat(embeddings), read, [(first, second) for first, second in norms])
+    count = sum(len(some) for some in embeddings)
+    means = [(sums[layer, value] / count, sums[layer, inner] / count) for layer in layers]
+    return _Taught(torch.cat(embeddings), read, means, [(first, second) for first, second in norms])
 
 
 def _place_codes(embeddings: Any, table: Tensor, batches: Sequence[_Batch], taught: _Taught) -> _Codes:
@@ -204,6 +281,8 @@ def _place_codes(embeddings: Any, table: Tensor, batches: Sequence[_Batch], taug
 
     The codes of all positions have one mean, 0 over their coordinates, so that a norm does not move them.
     """
+    if not torch.isfinite(table).all():
+        raise _not_finite()
     tokens = table.shape[-1]
     seen = torch.zeros(tokens, dtype=torch.float64)
     for batch in batches:
@@ -221,9 +300,12 @@ def _place_codes(embeddings: Any, table: Tensor, batches: Sequence[_Batch], taug
     turn = torch.linalg.qr(torch.cat([torch.ones(rank + 1, 1, dtype=torch.float64), turn], 1)).Q[:, 1:]
     codes = plain @ turn.T
     codes /= (codes.square().mean(1) * weights).sum().div(weights.sum()).sqrt()
+    norms = codes.norm(dim=1)
+    codes *= (norms[seen > 0].max() / norms).clamp(max=1)[:, None]  # positions that no row reaches stay in scale
     inverse = torch.linalg.pinv(codes * root[:, None])
     where = taught.read.argsort()[: rank + 1].sort().values
-    scale = float(taught.embeddings[:, where].square().mean().sqrt())
+    squares = taught.embeddings.square().mean(0)
+    scale = math.sqrt(max(float(squares[where].mean()), _LEAST_SCALE**2 * float(squares.mean())))
     for words in (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings):
         words.weight[:, where] = 0
     embeddings.position_embeddings.weight[:tokens, where] = codes.float() * scale
@@ -255,10 +337,10 @@ def _fold_scores(attention: Any, hidden: Tensor, codes: _Codes) -> None:
     count, width = hidden.shape
     heads = len(codes.shares)
     size = width // heads
-    for part in (attention.query, attention.key, attention.value):
-        part.weight[:, codes.where] = 0
     inputs = torch.cat([hidden, torch.ones(count, 1)], 1)
     moments = (inputs.T @ inputs / count).double()
+    if not torch.isfinite(moments).all():
+        raise _not_finite()
     values, vectors = torch.linalg.eigh(moments)
     values = values.clamp(min=_FLOOR * float(values.mean())).sqrt()
     metric, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
@@ -334,20 +416,17 @@ def _fit_output(
     given, missing = pair(held.nonzero().flatten())
     width = given.shape[1]
     moments, products = (torch.zeros(width, size, dtype=torch.float64) for size in (width, missing.shape[1]))
-    for rows in torch.split((~held).nonzero().flatten(), _TOKENS_AT_ONCE):
+    for rows in _blocks((~held).nonzero().flatten()):
         inputs, left = pair(rows)
         moments += inputs.T @ inputs
         products += inputs.T @ left
     if not all(torch.isfinite(values).all() for values in (moments, products, given, missing)):
-        raise TrainingError(
-            "the student's layers cannot be fitted to the teacher's: what they compute is not finite, or above 65,504. Set "
-            "student.fit_layers: never, or look for non-finite weights in the teacher."
-        )
+        raise _not_finite()
     moved = _ridge_regression(moments, products, lambda change: missing - given @ change)
     if moved is not None:
         output.dense.weight += moved[:-1].T
         output.dense.bias += moved[-1]
-    before = torch.cat([output.dense(inner(some)) for some in torch.split(source, _TOKENS_AT_ONCE)]) + beside
+    before = torch.cat([output.dense(inner(some)) for some in _blocks(source)]) + beside
     if codes is not None:
         _keep_scale(output.LayerNorm, before, codes.where)
     normed: Tensor = output.LayerNorm(before)
@@ -362,6 +441,8 @@ def _ridge_regression(moments: Tensor, products: Tensor, residuals: Callable[[Te
         products: (d, H) float64 of inputs and what is missing.
         residuals: what is still missing on the rows held back.
     """
+    if not moments.any():  # no row is left to be fitted
+        return None
     best, least = None, float(residuals(torch.zeros_like(products).float()).square().sum())
     for ridge in _RIDGES:
         more = ridge * float(moments.diagonal().mean()) * torch.eye(len(moments), dtype=torch.float64)

@@ -102,7 +102,8 @@ class Objective:
         self.read_student = LayerReader(trained.student) if self.layers else None
         self.device = next(trained.parameters()).device
         self.number = 0  # of the batch at hand
-        self._tables: dict[int, Tensor | None] = {}
+        self._table: Tensor | None = None
+        self._longest = 0  # tokens that the table is for
         self.cache: TeacherCache | None = None  # used instead of running the teacher, where it is set
         self.aware: QuantAware | None = None  # the trained student's, where it is prepared for int8
 
@@ -193,10 +194,10 @@ class Objective:
         return torch.stack([attention * (part.squares / batch.squares), hidden * (part.tokens / batch.tokens)])
 
     def _position_scores(self, tokens: int) -> Tensor | None:
-        """Return what the teacher adds to the scores of its content, (A, T, T), made once for each length."""
-        if tokens not in self._tables:
-            self._tables[tokens] = position_scores(self.teacher, tokens)
-        return self._tables[tokens]
+        """Return what the teacher adds to the scores of its content, (A, T, T), cut from that of the longest batch so far."""
+        if tokens > self._longest:
+            self._table, self._longest = position_scores(self.teacher, tokens), tokens
+        return None if self._table is None else self._table[:, :tokens, :tokens]
 
     def _flows(self, costs: Tensor) -> dict[str, Tensor]:
         """Return the weights (rows, columns) of the step's costs, by side, from this process's share of the costs.

@@ -89,7 +89,7 @@ class StudentSettings:
             or a checkpoint (folder, hub id, package).
         fit_layers: whether layers copied from the teacher are fitted in closed form to what the teacher's compute, on some
             thousand tokens of train, before training: "auto" where the teacher adds scores of positions to its attention,
-            which a copy lacks (MPNet), "always", or "never". Without effect on other starts.
+            which a copy lacks (MPNet), "always", or "never". Without effect on other starts; not kept where it does not help.
     """
 
     name: str | None = None
@@ -120,7 +120,8 @@ class DistillSettings:
             serves, are left out of the flow (`emd` and `emd-fixed`; `skip` and `last` leave the student's out anyway).
         cost_scale: "absolute", as published, or "relative" to the mean square of the teacher layer, which weighs attention
             and hidden states, and early and late layers, alike.
-        dropout: of the student's hidden states and attention; null takes the teacher's.
+        dropout: of the student's hidden states and attention; null takes the teacher's, and none where the student's layers
+            were fitted (student.fit_layers), which dropout would undo.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
         precision: of matrix products in training, as in `TeacherSettings`.
         micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same up to rounding

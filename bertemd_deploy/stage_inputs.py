@@ -12,11 +12,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bertemd_deploy.checkpoints import WEIGHTS, find_model
+from bertemd_deploy.checkpoints import WEIGHTS, check_folder, find_model
 from bertemd_deploy.config import Recipe
 from bertemd_deploy.facts import FACTS, RANGES
 from bertemd_deploy.families import family_of
-from bertemd_deploy.files import read_json, sha256_file, sha256_json
+from bertemd_deploy.files import sha256_file, sha256_json
 from bertemd_deploy.settings import (
     DistillSettings,
     ExportSettings,
@@ -84,7 +84,7 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
     unused += () if settings.mapping == "emd" else ("marginal_momentum",)
     unused += () if settings.mapping in ("emd", "emd-fixed") else ("transported_mass", "mapped_layers")
     unused += ("cost_scale",) if settings.mapping == "none" else ()
-    config = read_json(teacher / "config.json", what="teacher's configuration")
+    config = check_folder(teacher)
     inputs = dict(shared) | {
         "teacher": sha256_file(teacher / WEIGHTS),
         "model_files": _model_files(teacher),

@@ -105,7 +105,7 @@ def build_student(
         encoder: the teacher's tokenizer, which is the student's.
         kind: of the task; decides which head the student has.
         examples: rows of train on which layers copied from the teacher are fitted (`layer_fit`); None leaves them as copied.
-        dropout: of hidden states and attention; None takes the teacher's two.
+        dropout: of hidden states and attention; None takes the teacher's two, and none where layers were fitted.
 
     Raises:
         TrainingError: what the teacher computes is not finite, so nothing can be fitted to it.
@@ -141,13 +141,17 @@ def build_student(
         told = f"teacher layers {_numbers(layers)}"
         if examples is None:
             return student, told
-        cosines = fit_layers(
+        fit = fit_layers(
             student, teacher, examples, layers=layers, pad_id=encoder.pad_id, max_length=encoder.max_length
         )
-        note(
-            "student: layers fitted to the teacher's; cosine to what those compute "
-            + " ".join(f"{cosine:.3f}" for cosine in cosines)
-        )
+        before, after = (" ".join(f"{value:.3f}" for value in values) for values in (fit.copied, fit.fitted))
+        cosines = f"cosine to what the teacher's compute {after}, as copied {before}"
+        if not fit.helps:
+            note(f"student: layers stay as copied, as fitting them gained nothing on rows held back ({cosines})")
+            return student, told
+        note(f"student: layers fitted ({cosines})")
+        if dropout is None:
+            _set_dropout(student, 0.0)  # what was fitted is exact sums, of which a tenth of the terms would be missing
         return student, f"{told}, fitted"
     if start == "random":
         warn(
@@ -224,13 +228,21 @@ def _empty_student(
         "layer_norm_eps": norm_epsilon(weights),
         "max_position_embeddings": rows,
     }  # fmt: skip
-    if dropout is not None:
-        fields |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built: Any = auto_class(kind).from_config(BertConfig(**fields), attn_implementation="sdpa")
         student: nn.Module = built.float()
+    if dropout is not None:
+        _set_dropout(student, dropout)
     return student.eval()
+
+
+def _set_dropout(student: nn.Module, share: float) -> None:
+    config: Any = student.config
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = share
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
 
 
 def _match_words(

@@ -21,6 +21,7 @@ from bertemd_deploy.layer_fit import fit_layers
 from bertemd_deploy.models import output_layer
 from bertemd_deploy.settings import StudentSettings
 from bertemd_deploy.students import Shape, build_student, fits_layers
+from bertemd_deploy.tasks import Kind
 
 WIDE = {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 128}
 POSITIONS = 16
@@ -55,8 +56,8 @@ def carry_codes(student: Any) -> torch.Tensor:
     return (student.bert.embeddings.word_embeddings.weight == 0).all(0)
 
 
-def wide_mpnet(tmp_path: Path) -> tuple[Any, Any]:
-    teacher, encoder = family_teacher(tmp_path, "mpnet", **WIDE)
+def wide_mpnet(tmp_path: Path, kind: Kind = "classification") -> tuple[Any, Any]:
+    teacher, encoder = family_teacher(tmp_path, "mpnet", kind=kind, **WIDE)
     table = teacher.mpnet.encoder.relative_attention_bias.weight
     distances = torch.arange(16) * torch.tensor(
         [[1], [-1]]
@@ -80,15 +81,31 @@ def test_a_copy_that_lacks_the_table_is_mended_on_rows_it_was_not_fitted_on(tmp_
     assert told == "teacher layers 1, 2, 3, 4"
     fitted, told = copied(teacher, encoder, 4, train)
     assert told == "teacher layers 1, 2, 3, 4, fitted"
+    config = fitted.config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0, 0)
+    assert plain.config.hidden_dropout_prob == 0.1
+    inputs = batch_of(other, encoder.pad_id)
+    assert torch.equal(fitted.train()(**inputs).logits, fitted.eval()(**inputs).logits)
+    asked = build_student(
+        teacher,
+        shape=Shape(4, 96, 4, 128),
+        init="teacher",
+        seed=1,
+        encoder=encoder,
+        examples=rows(30, seed=1),
+        dropout=0.2,
+    )[0]
+    assert {module.p for module in asked.modules() if isinstance(module, torch.nn.Dropout)} == {0.2}
     before, after = (errors(model, teacher, [0, 1, 2, 3], other, encoder.pad_id) for model in (plain, fitted))
     assert all(new < 0.6 * old for old, new in zip(before, after, strict=True)), (before, after)
 
 
 @pytest.mark.parametrize("kind", ["token-classification", "question-answering"])
-def test_a_head_over_tokens_does_not_read_the_codes(kind: Any, tmp_path: Path) -> None:
-    teacher, encoder = family_teacher(tmp_path, "mpnet", kind=kind)
+def test_a_head_over_tokens_does_not_read_the_codes(kind: Kind, tmp_path: Path) -> None:
+    teacher, encoder = wide_mpnet(tmp_path, kind)
+    shape = Shape(4, 96, 4, 128)
     student, told = build_student(
-        teacher, shape=SAME, init="teacher", seed=1, encoder=encoder, kind=kind, examples=rows(100, seed=1)
+        teacher, shape=shape, init="teacher", seed=1, encoder=encoder, kind=kind, examples=rows(300, seed=1)
     )
     assert told.endswith("fitted")
     weight = output_layer(student).weight
@@ -112,10 +129,9 @@ def test_a_copy_that_computes_the_same_is_left_as_it_is(tmp_path: Path) -> None:
     teacher, encoder = family_teacher(tmp_path, "bert")
     student, _ = build_student(teacher, shape=SAME, init="teacher", seed=1, encoder=encoder)
     before = copy.deepcopy(student.state_dict())
-    cosines = fit_layers(
-        student, teacher, rows(200, seed=1), layers=range(4), pad_id=encoder.pad_id, max_length=POSITIONS
-    )
-    assert cosines == pytest.approx([1.0] * 4, abs=1e-5)
+    fit = fit_layers(student, teacher, rows(200, seed=1), layers=range(4), pad_id=encoder.pad_id, max_length=POSITIONS)
+    assert fit.copied == pytest.approx([1.0] * 4, abs=1e-5)
+    assert fit.fitted == pytest.approx([1.0] * 4, abs=1e-5)
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=1e-3, atol=1e-4)
 
@@ -199,7 +215,10 @@ def test_positions_stay_readable_in_every_layer(tmp_path: Path) -> None:
         held = held - held.mean(1, keepdim=True)  # what a norm subtracts from all coordinates, no scores read
         scale = float((held * expected).sum() / expected.square().sum())
         assert float((held - scale * expected).norm() / held.norm()) < 0.35
+    assert not student.bert.pooler.dense.weight[:, read].any()
+    assert torch.equal(student.classifier.weight, output_layer(teacher).weight)
     for layer in student.bert.encoder.layer:
+        assert not layer.attention.self.value.weight[:, read].any()
         assert not layer.attention.output.dense.weight[read].any()
         assert not layer.output.dense.weight[read].any()
         assert not layer.intermediate.dense.weight[:, read].any()
@@ -217,9 +236,12 @@ def test_what_is_not_finite_is_refused(what: str, tmp_path: Path) -> None:
 
 def test_few_rows_are_enough_to_run_and_many_are_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, encoder = family_teacher(tmp_path, "bert")
-    student, told = copied(teacher, encoder, 2, rows(1, seed=1))
-    assert told.endswith("fitted")
-    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+    one, told = copied(teacher, encoder, 2, rows(1, seed=1))
+    assert told == "teacher layers 2, 4"  # nothing is left to fit
+    plain = copied(teacher, encoder, 2)[0].state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in one.state_dict().items())
+    two, _ = copied(teacher, encoder, 2, rows(2, seed=1))
+    assert all(torch.isfinite(value).all() for value in two.state_dict().values())
     used: list[int] = []
     plain = layer_fit._batches
 
@@ -243,3 +265,126 @@ def test_layers_are_fitted_where_a_copy_lacks_positions_or_it_is_asked_for() -> 
     assert all(fits_layers("always", config) for config in configs.values())
     assert not any(fits_layers("never", config) for config in configs.values())
     assert StudentSettings().fit_layers == "auto"
+
+
+def test_what_is_folded_gives_the_table_back() -> None:
+    """P_h = x D_h x^T for codes x as the hidden states hold them, where the table has no more than their rank."""
+    places = torch.arange(POSITIONS, dtype=torch.float64)
+    table = torch.stack([3 * torch.cos(0.4 * (places[:, None] - places) + head) for head in range(2)])
+    embeddings = torch.nn.Module()
+    for name, count in (("word", 28), ("token_type", 2), ("position", 40)):
+        setattr(embeddings, f"{name}_embeddings", torch.nn.Embedding(count, 96))
+    embeddings.LayerNorm = torch.nn.LayerNorm(96)
+    batches = layer_fit._batches(rows(80, seed=1), most=10_000, pad_id=0)
+    count = sum(int(batch.real.sum()) for batch in batches)
+    generator = torch.Generator().manual_seed(0)
+    seen, read = torch.randn(count, 96, generator=generator) * 0.3, torch.rand(96, generator=generator)
+    with torch.no_grad():
+        codes = layer_fit._place_codes(embeddings, table, batches, layer_fit._Taught(seen, read, [], []))
+    assert codes.where.tolist() == sorted(read.argsort()[:4].tolist())
+    held = embeddings.position_embeddings.weight[:POSITIONS, codes.where].double().detach()
+    torch.testing.assert_close(held @ codes.shares @ held.T, table, rtol=1e-3, atol=1e-3)
+    assert codes.scale == pytest.approx(float(seen[:, codes.where].square().mean().sqrt()))
+    norms = held.norm(dim=1)
+    assert norms[12:].max() <= norms[:12].max() * (1 + 1e-5)  # no row has more than 12 tokens
+    assert not embeddings.word_embeddings.weight[:, codes.where].any()
+
+
+def test_scores_are_the_nearest_of_their_rank_on_the_layers_inputs() -> None:
+    """No small change of the factors brings the scores nearer to content plus table, on inputs as they are."""
+    generator = torch.Generator().manual_seed(0)
+    width, heads, size = 24, 3, 8
+    attention = torch.nn.Module()
+    for name in ("query", "key", "value"):
+        setattr(attention, name, torch.nn.Linear(width, width))
+    hidden = torch.randn(400, width, generator=generator) * torch.linspace(0.1, 3, width)  # some directions are rare
+    where = torch.tensor([2, 9, 17, 20])
+    shares = torch.randn(heads, 4, 4, generator=generator, dtype=torch.float64) * 0.3
+    inputs = torch.cat([hidden, torch.ones(400, 1)], 1).double()
+
+    def products() -> list[torch.Tensor]:
+        parts = [torch.cat([part.weight, part.bias[:, None]], 1).double() for part in (attention.query, attention.key)]
+        query, key = (part.view(heads, size, -1) for part in parts)
+        return [query[head].T @ key[head] / size**0.5 for head in range(heads)]
+
+    with torch.no_grad():
+        aims = products()
+        for aim, share in zip(aims, shares, strict=True):
+            aim[where[:, None], where] += share
+        layer_fit._fold_scores(attention, hidden, layer_fit._Codes(where, shares, 1.0))
+        for aim, found in zip(aims, products(), strict=True):
+            wanted, given = inputs @ aim @ inputs.T, inputs @ found @ inputs.T
+            outer, gains, inner = torch.linalg.svd(wanted)
+            nearest = (outer[:, :size] * gains[:size]) @ inner[:size]
+            torch.testing.assert_close(given, nearest, rtol=1e-3, atol=2e-2)
+            assert (wanted - given).norm() > 0.01 * wanted.norm()  # or the rank would not matter
+
+
+def test_what_is_read_no_more_stays_in_the_bias_on_the_average() -> None:
+    dense, where = torch.nn.Linear(6, 3), torch.tensor([1, 4])
+    inputs = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = dense(inputs).mean(0)
+        layer_fit._stop_reading(dense, where, inputs.mean(0))
+        torch.testing.assert_close(dense(inputs).mean(0), before)
+        assert not dense.weight[:, where].any()
+
+
+def test_a_fit_that_does_not_help_is_not_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, encoder = family_teacher(tmp_path, "bert")
+    plain = copied(teacher, encoder, 2)[0].state_dict()
+    spoil = layer_fit._fit_output
+
+    def spoiled(output: Any, *given: Any) -> torch.Tensor:
+        output.dense.weight.mul_(-3)
+        return spoil(output, *given) * -1
+
+    monkeypatch.setattr(layer_fit, "_fit_output", spoiled)
+    student, told = copied(teacher, encoder, 2, rows(100, seed=1))
+    assert told == "teacher layers 2, 4"
+    assert "layers stay as copied, as fitting them gained nothing on rows held back (cosine" in capsys.readouterr().err
+    assert all(torch.equal(value, plain[name]) for name, value in student.state_dict().items())
+
+
+def test_cosines_are_those_of_rows_held_back(tmp_path: Path) -> None:
+    teacher, encoder = family_teacher(tmp_path, "bert")
+    train = rows(160, seed=1)
+    student, _ = copied(teacher, encoder, 2)
+    held = train.select([row for row in range(160) if row % layer_fit._HELD == layer_fit._HELD - 1])
+    before = errors(student, teacher, [1, 3], held, encoder.pad_id)
+    fit = fit_layers(student, teacher, train, layers=[1, 3], pad_id=encoder.pad_id, max_length=POSITIONS)
+    assert fit.copied == pytest.approx([1 - error for error in before], abs=1e-3)
+    after = errors(student, teacher, [1, 3], held, encoder.pad_id)
+    assert fit.fitted == pytest.approx([1 - error for error in after], abs=1e-3)
+
+
+def test_pairs_of_a_teacher_without_second_types_and_chunks(tmp_path: Path) -> None:
+    teacher, encoder = family_teacher(tmp_path, "bert", type_vocab_size=1, chunk_size_feed_forward=1)
+    plain = rows(60, seed=1)
+    pairs = Encoded(plain.tokens, (np.arange(len(plain.tokens)) % 2).astype(np.int8), plain.offsets)
+    student, _ = copied(teacher, encoder, 2, pairs)
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+
+
+def test_dead_coordinates_carry_codes_in_scale(tmp_path: Path) -> None:
+    teacher, encoder = wide_mpnet(tmp_path)
+    dead = slice(0, 4)
+    teacher.mpnet.embeddings.LayerNorm.weight.data[dead] = teacher.mpnet.embeddings.LayerNorm.bias.data[dead] = 0
+    for layer in teacher.mpnet.encoder.layer:
+        for part in (layer.attention.attn.q, layer.attention.attn.k, layer.attention.attn.v, layer.intermediate.dense):
+            part.weight.data[:, dead] = 0
+    student, _ = copied(teacher, encoder, 4, rows(200, seed=1))
+    assert carry_codes(student).nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert student.bert.embeddings.position_embeddings.weight[:POSITIONS, dead].square().mean() > 1e-4
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+
+
+def test_a_table_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    teacher, encoder = wide_mpnet(tmp_path)
+    student, _ = copied(teacher, encoder, 2)
+    table = teacher.mpnet.encoder.relative_attention_bias.weight
+    table.data[-1] = float("inf")  # of distances that no row has
+    with pytest.raises(TrainingError, match="cannot be fitted to the teacher's"):
+        fit_layers(student, teacher, rows(20, seed=1), layers=[1, 3], pad_id=encoder.pad_id, max_length=200)

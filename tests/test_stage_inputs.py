@@ -228,6 +228,10 @@ def test_fitted_layers_and_whole_scores_are_inputs_where_there_are_any(
     assert found["scores"] == "whole"
     never = distill_inputs(recipe(mpnet, student={"fit_layers": "never"}), mpnet, SHARED)
     assert changed_inputs(never, found) == "student.fit_layers"
+    content = json.loads((teacher / "config.json").read_text())
+    del content["model_type"]  # as old checkpoints are
+    (teacher / "config.json").write_text(json.dumps(content))
+    assert "fit_layers" not in distill_inputs(recipe(teacher), teacher, SHARED)["student"]
     logits_only = distill_inputs(recipe(mpnet, distill={"mapping": "none"}), mpnet, SHARED)
     assert "scores" not in plain | logits_only
 
