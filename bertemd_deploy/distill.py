@@ -24,6 +24,7 @@ from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES, task_facts
 from bertemd_deploy.families import sizes as teacher_sizes
 from bertemd_deploy.files import new_file, sha256_file, write_json
 from bertemd_deploy.kernels import quicken
+from bertemd_deploy.layer_fit import code_coordinates
 from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
 from bertemd_deploy.objective import Distiller, Objective
@@ -260,7 +261,13 @@ def _make_student(
     )
     widths = {"student_hidden": int(shape.hidden or 0), "teacher_hidden": theirs.hidden}
     needed = settings.hidden_projection or widths["student_hidden"] != widths["teacher_hidden"]
-    trained = Distiller(model, **widths, project=needed and settings.mapping != "none", seed=settings.seed)
+    trained = Distiller(
+        model,
+        **widths,
+        project=needed and settings.mapping != "none",
+        seed=settings.seed,
+        left_out=code_coordinates(model),
+    )
     if shape.heads != theirs.heads and settings.mapping != "none":
         warn(
             f"heads differ (teacher {theirs.heads}, student {shape.heads}): "

@@ -6,7 +6,7 @@ tokens of train, layer by layer from the first one, each on what the fitted ones
 
     positions   P ~ codes D codes^T, least squares weighted by how often the one position is real and how often the other. The
                 coordinates of the hidden states that the teacher's layers read least carry the codes, the norms keep them in
-                scale, and what the layers read there is kept on the average, in their biases.
+                scale, and what the layers read there is kept on the average, in their biases. No layer loss sees them.
     scores      a head's query and key weights become the best factors of rank d, in the metric of the layer's own inputs, of
                 Wq^T Wk / sqrt(d) with D added where the codes are
     outputs     attention's and feed-forward's output weights move by ridge regression towards what the teacher's layer gives
@@ -139,6 +139,19 @@ def fit_layers(
     if not found.helps:
         student.load_state_dict(before)
     return found
+
+
+def code_coordinates(student: nn.Module) -> Tensor | None:
+    """Return the coordinates of a BERT's hidden states that carry codes of positions, (r,) int64; None where there are none.
+
+    No word has a part in these, and no layer writes there.
+    """
+    bert: Any = student.get_submodule("bert")
+    untouched = (bert.embeddings.word_embeddings.weight == 0).all(0)
+    for layer in bert.encoder.layer:
+        untouched &= (layer.output.dense.weight == 0).all(1)
+    where: Tensor = untouched.nonzero().flatten()
+    return where if len(where) else None
 
 
 def _not_finite() -> TrainingError:

@@ -48,10 +48,32 @@ class Distiller(nn.Module):
     """The trained side: the student and, where widths differ or it is asked for, the projection W."""
 
     def __init__(
-        self, student: nn.Module, *, student_hidden: int, teacher_hidden: int, project: bool, seed: int
+        self,
+        student: nn.Module,
+        *,
+        student_hidden: int,
+        teacher_hidden: int,
+        project: bool,
+        seed: int,
+        left_out: Tensor | None = None,
     ) -> None:
-        """With `project`, add W (H_student x H_teacher, shared by all layers and the embedding; identity at equal width)."""
+        """Take the student, with a projection W where it is asked for.
+
+        Args:
+            student: the task model.
+            student_hidden: its width.
+            teacher_hidden: the teacher's.
+            project: add W (H_student x H_teacher, shared by all layers and the embedding; identity at equal width).
+            seed: of W.
+            left_out: coordinates of the student's hidden states that are compared with nothing; None compares all.
+        """
         super().__init__()
+        compared = None
+        if left_out is not None:
+            compared = torch.ones(student_hidden)
+            compared[left_out] = 0
+        self.compared: Tensor | None
+        self.register_buffer("compared", compared, persistent=False)
         self.student = student
         self.projection: nn.Linear | None = None
         if project:
@@ -62,7 +84,9 @@ class Distiller(nn.Module):
                 nn.init.eye_(self.projection.weight)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Return W h, or h where there is no W."""
+        """Return W h, or h where there is no W; of coordinates that are left out nothing is seen, and nothing learnt."""
+        if self.compared is not None:
+            hidden = hidden * self.compared.to(hidden.dtype)
         return hidden if self.projection is None else self.projection(hidden)
 
 

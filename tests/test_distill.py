@@ -154,6 +154,11 @@ def test_a_projection_starts_as_the_identity_where_widths_agree() -> None:
     torch.testing.assert_close(asked.project(hidden), hidden)
     wider = Distiller(torch.nn.Linear(1, 1), student_hidden=4, teacher_hidden=6, project=True, seed=0)
     assert wider.project(hidden).shape == (2, 3, 6)
+    some = Distiller(
+        torch.nn.Linear(1, 1), student_hidden=4, teacher_hidden=4, project=True, seed=0, left_out=torch.tensor([1, 3])
+    )
+    torch.testing.assert_close(some.project(hidden), hidden * torch.tensor([1.0, 0, 1, 0]))
+    assert some.state_dict().keys() == asked.state_dict().keys()  # checkpoints stay as they are
 
 
 def test_a_learned_projection_changes_the_student_but_is_not_in_it(tiny_task: Task, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from tiny_family import family_teacher
 
 from bertemd_deploy import layer_fit
 from bertemd_deploy.capture import LayerReader
+from bertemd_deploy.distill import _make_student
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import TrainingError
 from bertemd_deploy.families import FAMILIES
-from bertemd_deploy.layer_fit import fit_layers
+from bertemd_deploy.layer_fit import code_coordinates, fit_layers
 from bertemd_deploy.models import output_layer
-from bertemd_deploy.settings import StudentSettings
+from bertemd_deploy.settings import DistillSettings, StudentSettings
 from bertemd_deploy.students import Shape, build_student, fits_layers
 from bertemd_deploy.tasks import Kind
 
@@ -52,8 +53,12 @@ def errors(student: Any, teacher: Any, layers: list[int], examples: Encoded, pad
 
 
 def carry_codes(student: Any) -> torch.Tensor:
-    """Return (H,) bool: the coordinates that no word has a part in."""
-    return (student.bert.embeddings.word_embeddings.weight == 0).all(0)
+    """Return (H,) bool: the coordinates that carry codes."""
+    where = code_coordinates(student)
+    found = torch.zeros(student.config.hidden_size, dtype=torch.bool)
+    if where is not None:
+        found[where] = True
+    return found
 
 
 def wide_mpnet(tmp_path: Path, kind: Kind = "classification") -> tuple[Any, Any]:
@@ -84,6 +89,7 @@ def test_a_copy_that_lacks_the_table_is_mended_on_rows_it_was_not_fitted_on(tmp_
     config = fitted.config
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0, 0)
     assert plain.config.hidden_dropout_prob == 0.1
+    assert code_coordinates(plain) is None
     inputs = batch_of(other, encoder.pad_id)
     assert torch.equal(fitted.train()(**inputs).logits, fitted.eval()(**inputs).logits)
     asked = build_student(
@@ -98,6 +104,19 @@ def test_a_copy_that_lacks_the_table_is_mended_on_rows_it_was_not_fitted_on(tmp_
     assert {module.p for module in asked.modules() if isinstance(module, torch.nn.Dropout)} == {0.2}
     before, after = (errors(model, teacher, [0, 1, 2, 3], other, encoder.pad_id) for model in (plain, fitted))
     assert all(new < 0.6 * old for old, new in zip(before, after, strict=True)), (before, after)
+
+
+@pytest.mark.parametrize(("fit", "carrying"), [("auto", 4), ("never", 0)])
+def test_layer_losses_do_not_see_the_codes(fit: Any, carrying: int, tmp_path: Path) -> None:
+    teacher, encoder = wide_mpnet(tmp_path)
+    student = StudentSettings(name="4L", fit_layers=fit)
+    trained, _, _ = _make_student(
+        teacher, encoder, rows(300, seed=1), student=student, settings=DistillSettings(), kind="classification"
+    )
+    where = carry_codes(trained.student)
+    assert int(where.sum()) == carrying
+    hidden = torch.ones(1, 1, 96)
+    assert torch.equal(trained.project(hidden)[0, 0] == 0, where)
 
 
 @pytest.mark.parametrize("kind", ["token-classification", "question-answering"])
