@@ -41,7 +41,6 @@ _RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # lambda, over the mean of the inputs' 
 _HELD = 8  # one row of so many is held back
 _CODE_SHARE = 24  # one coordinate of so many carries codes
 _RARE = 0.05  # least weight of a position, against one that all rows reach
-_LEAST_SCALE = 0.1  # of the codes, against the root mean square of the embeddings' coordinates
 _FLOOR = 1e-6  # of the inputs' second moments, against their mean
 
 
@@ -81,7 +80,7 @@ class _Codes:
     Attributes:
         where: (r,) coordinates that carry them.
         shares: D of each head, (A, r, r) float64, for codes as the hidden states hold them.
-        scale: root mean square of a code's coordinate in the hidden states.
+        scale: root mean square of a code's coordinate in the hidden states, that of the teacher's embeddings.
     """
 
     where: Tensor
@@ -317,8 +316,7 @@ def _place_codes(embeddings: Any, table: Tensor, batches: Sequence[_Batch], taug
     codes *= (norms[seen > 0].max() / norms).clamp(max=1)[:, None]  # positions that no row reaches stay in scale
     inverse = torch.linalg.pinv(codes * root[:, None])
     where = taught.read.argsort()[: rank + 1].sort().values
-    squares = taught.embeddings.square().mean(0)
-    scale = math.sqrt(max(float(squares[where].mean()), _LEAST_SCALE**2 * float(squares.mean())))
+    scale = float(taught.embeddings.square().mean().sqrt())
     for words in (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings):
         words.weight[:, where] = 0
     embeddings.position_embeddings.weight[:tokens, where] = codes.float() * scale
