@@ -243,6 +243,19 @@ def test_positions_stay_readable_in_every_layer(tmp_path: Path) -> None:
         assert not layer.intermediate.dense.weight[:, read].any()
 
 
+def test_a_checkpoint_is_not_fitted_and_lacks_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher, encoder = wide_mpnet(tmp_path)
+    start = str(tmp_path / "mpnet")
+    student, told = build_student(
+        teacher, shape=Shape(2, 96, 4, 128), init=start, seed=1, encoder=encoder, examples=rows(30, seed=1)
+    )
+    assert told == f"checkpoint {start} (layers 2, 4)"
+    assert not carry_codes(student).any()
+    said = capsys.readouterr().err
+    assert "a BERT has no place for a learned bias by relative position" in said
+    assert "fitted" not in said
+
+
 @pytest.mark.parametrize("what", ["teacher", "student"])
 def test_what_is_not_finite_is_refused(what: str, tmp_path: Path) -> None:
     teacher, encoder = family_teacher(tmp_path, "bert")
