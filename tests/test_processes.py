@@ -159,7 +159,7 @@ def test_two_processes_train_as_one_and_one_of_them_speaks(
     assert first.saves.read_text().count("saved") == 8 + 2  # every step, and the end of every epoch
     assert not second.saves.exists()
     assert second.said == second.printed == ""
-    assert first.said.count("layers fitted to the teacher's") == (fit == "always")
+    assert first.said.count("student: layers fitted (cosine") == (fit == "always")
     assert first.said.splitlines()[-2].startswith("epoch 1: dev accuracy")
     record, single = json.loads(first.printed), json.loads(alone.printed)
     assert first.printed.count("\n") == 1
