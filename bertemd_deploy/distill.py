@@ -24,10 +24,10 @@ from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES, task_facts
 from bertemd_deploy.families import sizes as teacher_sizes
 from bertemd_deploy.files import new_file, sha256_file, write_json
 from bertemd_deploy.kernels import quicken
-from bertemd_deploy.layer_fit import code_coordinates
 from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
 from bertemd_deploy.objective import Distiller, Objective
+from bertemd_deploy.position_codes import code_coordinates
 from bertemd_deploy.processes import join_processes
 from bertemd_deploy.settings import DistillSettings, StudentSettings
 from bertemd_deploy.students import build_student, fits_layers, student_shape

@@ -7,7 +7,7 @@ What the families' embeddings and layers compute is BERT's, but for these, each 
     a bias-free projection of the embeddings       multiplied into each table (DeBERTa: LayerNorm comes after it)
     LayerNorm before a projection (small ELECTRA)  refused: no BERT embedding computes it
     scores divided by more than sqrt(d) (DeBERTa)  the factor goes into the query projection
-    a table of position scores (MPNet)             folded into queries and keys (`layer_fit`), or left out, and told
+    a table of position scores (MPNet)             folded into queries and keys (`position_codes`), or left out, and told
     other position terms, a convolution            left out, and told
     another activation in the head                 the head starts random, and that is told
 

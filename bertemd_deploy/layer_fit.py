@@ -4,11 +4,7 @@ A copied layer computes on another input than in the teacher, as layers before i
 table P to its scores (`position_scores`), a BERT has no place for it. Both are mended before any training, on some thousand
 tokens of train, layer by layer from the first one, each on what the fitted ones before it give:
 
-    positions   P ~ codes D codes^T, least squares weighted by how often the one position is real and how often the other. The
-                coordinates of the hidden states that the teacher's layers read least carry the codes, the norms keep them in
-                scale, and what the layers read there is kept on the average, in their biases. No layer loss sees them.
-    scores      a head's query and key weights become the best factors of rank d, in the metric of the layer's own inputs, of
-                Wq^T Wk / sqrt(d) with D added where the codes are
+    positions   the table is folded into queries and keys (`position_codes`)
     outputs     attention's and feed-forward's output weights move by ridge regression towards what the teacher's layer gives
                 to its norms, argmin sum_t |e_t - dW a_t|^2 / s_t^2 + lambda |dW|^2, with s_t the deviation that the norm
                 divides by; lambda falls for as long as rows held back gain by it, and where none does nothing moves
@@ -18,7 +14,6 @@ Where the fitted layers are no nearer to the teacher's than the copied ones, on 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +24,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
 from bertemd_deploy.encoding import Encoded, length_batches
-from bertemd_deploy.errors import TrainingError
 from bertemd_deploy.families import family_of, known_inputs
 from bertemd_deploy.models import output_layer
+from bertemd_deploy.position_codes import (
+    Codes,
+    deviation,
+    fold_scores,
+    keep_scale,
+    not_finite,
+    place_codes,
+    stop_reading,
+)
 from bertemd_deploy.position_scores import position_scores
 
 FIT_TOKENS = 40_000
@@ -39,9 +42,6 @@ _TAUGHT_BYTES = 1 << 30  # most that the teacher's outputs may take
 _TOKENS_AT_ONCE = 4096
 _RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # lambda, over the mean of the inputs' moments
 _HELD = 8  # one row of so many is held back
-_CODE_SHARE = 24  # one coordinate of so many carries codes
-_RARE = 0.05  # least weight of a position, against one that all rows reach
-_FLOOR = 1e-6  # of the inputs' second moments, against their mean
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,6 @@ class _Taught:
     read: Tensor
     means: list[tuple[Tensor, Tensor]]
     before_norms: list[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class _Codes:
-    """Positions inside the hidden states.
-
-    Attributes:
-        where: (r,) coordinates that carry them.
-        shares: D of each head, (A, r, r) float64, for codes as the hidden states hold them.
-        scale: root mean square of a code's coordinate in the hidden states, that of the teacher's embeddings.
-    """
-
-    where: Tensor
-    shares: Tensor
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -130,7 +115,7 @@ def fit_layers(
         taught = _run_teacher(teacher, batches, layers)
         copied = _cosines(bert, batches, taught)
         table = position_scores(teacher, max_length)
-        codes = None if table is None else _place_codes(bert.embeddings, table.cpu().double(), batches, taught)
+        codes = None if table is None else _begin_codes(bert.embeddings, table.cpu().double(), batches, taught)
         found = Fit(copied, _fit_each(bert, batches, taught, codes))
         if codes is not None:
             head = output_layer(student) if bert.pooler is None else bert.pooler.dense
@@ -138,26 +123,6 @@ def fit_layers(
     if not found.helps:
         student.load_state_dict(before)
     return found
-
-
-def code_coordinates(student: nn.Module) -> Tensor | None:
-    """Return the coordinates of a BERT's hidden states that carry codes of positions, (r,) int64; None where there are none.
-
-    No word has a part in these, and no layer writes there.
-    """
-    bert: Any = student.get_submodule("bert")
-    untouched = (bert.embeddings.word_embeddings.weight == 0).all(0)
-    for layer in bert.encoder.layer:
-        untouched &= (layer.output.dense.weight == 0).all(1)
-    where: Tensor = untouched.nonzero().flatten()
-    return where if len(where) else None
-
-
-def _not_finite() -> TrainingError:
-    return TrainingError(
-        "the student's layers cannot be fitted to the teacher's: what they compute is not finite, or above 65,504. Set "
-        "student.fit_layers: never, or look for non-finite weights in the teacher."
-    )
 
 
 def _cosines(bert: Any, batches: Sequence[_Batch], taught: _Taught) -> list[float]:
@@ -178,7 +143,7 @@ def _cosines(bert: Any, batches: Sequence[_Batch], taught: _Taught) -> list[floa
     ]
 
 
-def _fit_each(bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: _Codes | None) -> list[float]:
+def _fit_each(bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: Codes | None) -> list[float]:
     """Fit layer after layer; return the mean cosine of each one's outputs with the teacher's on the rows held back."""
     held = _held(batches)
     kept = torch.ones(bert.config.hidden_size, dtype=torch.bool)
@@ -193,9 +158,9 @@ def _fit_each(bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: _Cod
         attention, part = layer.attention.self, layer.attention.output
         if codes is not None:
             for reader in (attention.query, attention.key, attention.value):
-                _stop_reading(reader, codes.where, read)
-            _stop_reading(layer.intermediate.dense, codes.where, read_inside)
-            _fold_scores(attention, hidden, codes)
+                stop_reading(reader, codes.where, read)
+            stop_reading(layer.intermediate.dense, codes.where, read_inside)
+            fold_scores(attention, hidden, codes)
         context = _attend(attention, hidden, batches)
         hidden = _fit_output(part, nn.Identity(), context, hidden, at_attention, held, codes)
         hidden = _fit_output(layer.output, layer.intermediate, hidden, hidden, at_output, held, codes)
@@ -206,12 +171,6 @@ def _fit_each(bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: _Cod
 def _held(batches: Sequence[_Batch]) -> Tensor:
     """Return (n,) bool: the real tokens of the rows held back."""
     return torch.cat([batch.held_rows[:, None].expand_as(batch.real)[batch.real] for batch in batches])
-
-
-def _stop_reading(dense: Any, where: Tensor, means: Tensor) -> None:
-    """Let `dense` read nothing from the coordinates `where` any more, but have in its bias what it read on the average."""
-    dense.bias += dense.weight[:, where] @ means[where]
-    dense.weight[:, where] = 0
 
 
 def _blocks(tokens: Tensor) -> tuple[Tensor, ...]:
@@ -288,88 +247,21 @@ def _run_teacher(teacher: nn.Module, batches: Sequence[_Batch], layers: Sequence
     return _Taught(torch.cat(embeddings), read, means, [(first, second) for first, second in norms])
 
 
-def _place_codes(embeddings: Any, table: Tensor, batches: Sequence[_Batch], taught: _Taught) -> _Codes:
-    """Write codes of the positions of `table` (A, T, T) into the position embedding, and say how they give the table back.
-
-    The codes of all positions have one mean, 0 over their coordinates, so that a norm does not move them.
-    """
-    if not torch.isfinite(table).all():
-        raise _not_finite()
-    tokens = table.shape[-1]
-    seen = torch.zeros(tokens, dtype=torch.float64)
+def _begin_codes(embeddings: Any, table: Tensor, batches: Sequence[_Batch], taught: _Taught) -> Codes:
+    """Put codes for `table` (A, T, T) into the embeddings, as large as the teacher's embeddings are."""
+    seen = torch.zeros(table.shape[-1], dtype=torch.float64)
     for batch in batches:
         seen[: batch.real.shape[1]] += batch.real.sum(0)
-    weights = (seen / seen.max()).clamp(min=_RARE)
-    root = weights.sqrt()
-    weighted = table * root[:, None] * root
-    width = len(taught.read)
-    rank = min(tokens, max(1, width // _CODE_SHARE - 1))
-    both = torch.cat([*weighted, *weighted.transpose(1, 2)], 1)
-    directions = torch.linalg.eigh(both @ both.T).eigenvectors.flip(1)[:, :rank]
-    plain = directions / root[:, None]
-    seed = torch.Generator().manual_seed(0)
-    turn = torch.randn(rank + 1, rank, generator=seed, dtype=torch.float64)
-    turn = torch.linalg.qr(torch.cat([torch.ones(rank + 1, 1, dtype=torch.float64), turn], 1)).Q[:, 1:]
-    codes = plain @ turn.T
-    codes /= (codes.square().mean(1) * weights).sum().div(weights.sum()).sqrt()
-    norms = codes.norm(dim=1)
-    codes *= (norms[seen > 0].max() / norms).clamp(max=1)[:, None]  # positions that no row reaches stay in scale
-    inverse = torch.linalg.pinv(codes * root[:, None])
-    where = taught.read.argsort()[: rank + 1].sort().values
     scale = float(taught.embeddings.square().mean().sqrt())
-    for words in (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings):
-        words.weight[:, where] = 0
-    embeddings.position_embeddings.weight[:tokens, where] = codes.float() * scale
-    before = _real(
-        [
-            embeddings.word_embeddings(batch.inputs["input_ids"])
-            + embeddings.token_type_embeddings(batch.inputs["token_type_ids"])
-            + embeddings.position_embeddings.weight[: batch.real.shape[1]]
-            for batch in batches
-        ],
-        batches,
-    )
-    _keep_scale(embeddings.LayerNorm, before, where)
-    return _Codes(where, inverse @ weighted @ inverse.T / scale**2, scale)
-
-
-def _keep_scale(norm: Any, before: Tensor, where: Tensor) -> None:
-    """Let a norm of inputs `before` (n, H) leave the coordinates `where` as they are, on the average."""
-    norm.weight[where] = 1 / (1 / _deviation(before)).mean()
-    norm.bias[where] = 0
-
-
-def _deviation(values: Tensor) -> Tensor:
-    return (values - values.mean(1, keepdim=True)).square().mean(1).sqrt().clamp(min=1e-6)
-
-
-def _fold_scores(attention: Any, hidden: Tensor, codes: _Codes) -> None:
-    """Give each head of `attention` the query and key weights whose scores on `hidden` (n, H) are nearest to the table's."""
-    count, width = hidden.shape
-    heads = len(codes.shares)
-    size = width // heads
-    inputs = torch.cat([hidden, torch.ones(count, 1)], 1)
-    moments = (inputs.T @ inputs / count).double()
-    if not torch.isfinite(moments).all():
-        raise _not_finite()
-    values, vectors = torch.linalg.eigh(moments)
-    values = values.clamp(min=_FLOOR * float(values.mean())).sqrt()
-    metric, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
-    ones = torch.zeros(width + 1, len(codes.where), dtype=torch.float64)
-    ones[codes.where, torch.arange(len(codes.where))] = 1
-    for head, share in enumerate(codes.shares):
-        rows = slice(head * size, (head + 1) * size)
-        query, key = (
-            torch.cat([part.weight[rows], part.bias[rows, None]], 1).double().T
-            for part in (attention.query, attention.key)
-        )
-        left = torch.linalg.qr(metric @ torch.cat([query / math.sqrt(size), ones], 1))
-        right = torch.linalg.qr(metric @ torch.cat([key, ones @ share.T], 1))
-        outer, gains, inner = torch.linalg.svd(left.R @ right.R.T)
-        roots = gains[:size].sqrt() * size**0.25
-        for part, found in ((attention.query, left.Q @ outer), (attention.key, right.Q @ inner.T)):
-            weights = (inverse @ (found[:, :size] * roots)).T.float()
-            part.weight[rows], part.bias[rows] = weights[:, :-1], weights[:, -1]
+    codes = place_codes(embeddings, table, seen=seen, read=taught.read, scale=scale)
+    summed = [
+        embeddings.word_embeddings(batch.inputs["input_ids"])
+        + embeddings.token_type_embeddings(batch.inputs["token_type_ids"])
+        + embeddings.position_embeddings.weight[: batch.real.shape[1]]
+        for batch in batches
+    ]
+    keep_scale(embeddings.LayerNorm, _real(summed, batches), codes.where)
+    return codes
 
 
 def _attend(attention: Any, hidden: Tensor, batches: Sequence[_Batch]) -> Tensor:
@@ -397,7 +289,7 @@ def _fit_output(
     beside: Tensor,
     wanted: Tensor,
     held: Tensor,
-    codes: _Codes | None,
+    codes: Codes | None,
 ) -> Tensor:
     """Move the weights of `output.dense` so that what the norm is given is nearest to `wanted`; return what the norm gives.
 
@@ -418,7 +310,7 @@ def _fit_output(
         """Return the inputs with a 1, (rows, d + 1), and what is missing, (rows, H), both over the deviation."""
         inputs = inner(source[rows])
         aim = wanted[rows].float()
-        weights = 1 / _deviation(aim)[:, None]
+        weights = 1 / deviation(aim)[:, None]
         missing = (aim - output.dense(inputs) - beside[rows]) * weights
         if codes is not None:
             missing[:, codes.where] = 0
@@ -432,14 +324,14 @@ def _fit_output(
         moments += inputs.T @ inputs
         products += inputs.T @ left
     if not all(torch.isfinite(values).all() for values in (moments, products, given, missing)):
-        raise _not_finite()
+        raise not_finite()
     moved = _ridge_regression(moments, products, lambda change: missing - given @ change)
     if moved is not None:
         output.dense.weight += moved[:-1].T
         output.dense.bias += moved[-1]
     before = torch.cat([output.dense(inner(some)) for some in _blocks(source)]) + beside
     if codes is not None:
-        _keep_scale(output.LayerNorm, before, codes.where)
+        keep_scale(output.LayerNorm, before, codes.where)
     normed: Tensor = output.LayerNorm(before)
     return normed
 

@@ -2,7 +2,7 @@
 
 A student's attention is a BERT's: all that its scores know of positions is in its queries and keys. So the costs compare its
 scores with the teacher's whole ones, and a student that starts from the teacher's layers gets the table folded into its query
-and key weights (`layer_fit`).
+and key weights (`position_codes`).
 """
 
 from __future__ import annotations

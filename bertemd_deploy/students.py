@@ -148,6 +148,8 @@ def build_student(
         cosines = f"cosine to what the teacher's compute {after}, as copied {before}"
         if not fit.helps:
             note(f"student: layers stay as copied, as fitting them gained nothing on rows held back ({cosines})")
+            if family_of(source).position_scores:
+                note(f"student: it lacks what its teacher has, {family_of(source).bias}")
             return student, told
         note(f"student: layers fitted ({cosines})")
         if dropout is None:

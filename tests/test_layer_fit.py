@@ -12,14 +12,15 @@ import torch
 from test_inherit import SAME
 from tiny_family import family_teacher
 
-from bertemd_deploy import layer_fit
+from bertemd_deploy import layer_fit, position_codes
 from bertemd_deploy.capture import LayerReader
 from bertemd_deploy.distill import _make_student
 from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import TrainingError
 from bertemd_deploy.families import FAMILIES
-from bertemd_deploy.layer_fit import code_coordinates, fit_layers
+from bertemd_deploy.layer_fit import fit_layers
 from bertemd_deploy.models import output_layer
+from bertemd_deploy.position_codes import code_coordinates
 from bertemd_deploy.settings import DistillSettings, StudentSettings
 from bertemd_deploy.students import Shape, build_student, fits_layers
 from bertemd_deploy.tasks import Kind
@@ -220,7 +221,7 @@ def test_positions_stay_readable_in_every_layer(tmp_path: Path) -> None:
     student, _ = copied(teacher, encoder, 4, train)
     table = student.bert.embeddings.position_embeddings.weight
     read = carry_codes(student)
-    assert int(read.sum()) == 96 // layer_fit._CODE_SHARE
+    assert int(read.sum()) == 96 // position_codes._CODE_SHARE
     codes = table[:POSITIONS, read]
     torch.testing.assert_close(codes.mean(1), torch.zeros(POSITIONS), rtol=0, atol=1e-6)
     inputs = batch_of(rows(60, seed=2), encoder.pad_id)
@@ -312,7 +313,7 @@ def test_what_is_folded_gives_the_table_back() -> None:
     generator = torch.Generator().manual_seed(0)
     seen, read = torch.randn(count, 96, generator=generator) * 0.3, torch.rand(96, generator=generator)
     with torch.no_grad():
-        codes = layer_fit._place_codes(embeddings, table, batches, layer_fit._Taught(seen, read, [], []))
+        codes = layer_fit._begin_codes(embeddings, table, batches, layer_fit._Taught(seen, read, [], []))
     assert codes.where.tolist() == sorted(read.argsort()[:4].tolist())
     held = embeddings.position_embeddings.weight[:POSITIONS, codes.where].double().detach()
     torch.testing.assert_close(held @ codes.shares @ held.T, table, rtol=1e-3, atol=1e-3)
@@ -343,7 +344,7 @@ def test_scores_are_the_nearest_of_their_rank_on_the_layers_inputs() -> None:
         aims = products()
         for aim, share in zip(aims, shares, strict=True):
             aim[where[:, None], where] += share
-        layer_fit._fold_scores(attention, hidden, layer_fit._Codes(where, shares, 1.0))
+        position_codes.fold_scores(attention, hidden, position_codes.Codes(where, shares, 1.0))
         for aim, found in zip(aims, products(), strict=True):
             wanted, given = inputs @ aim @ inputs.T, inputs @ found @ inputs.T
             outer, gains, inner = torch.linalg.svd(wanted)
@@ -357,7 +358,7 @@ def test_what_is_read_no_more_stays_in_the_bias_on_the_average() -> None:
     inputs = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = dense(inputs).mean(0)
-        layer_fit._stop_reading(dense, where, inputs.mean(0))
+        position_codes.stop_reading(dense, where, inputs.mean(0))
         torch.testing.assert_close(dense(inputs).mean(0), before)
         assert not dense.weight[:, where].any()
 
@@ -378,6 +379,15 @@ def test_a_fit_that_does_not_help_is_not_kept(
     assert told == "teacher layers 2, 4"
     assert "layers stay as copied, as fitting them gained nothing on rows held back (cosine" in capsys.readouterr().err
     assert all(torch.equal(value, plain[name]) for name, value in student.state_dict().items())
+
+
+def test_a_table_that_is_not_folded_after_all_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher, encoder = family_teacher(tmp_path, "mpnet")
+    teacher.mpnet.encoder.relative_attention_bias.weight.data.mul_(0.01)  # next to nothing is lost by copying
+    student, told = copied(teacher, encoder, 4, rows(100, seed=1))
+    assert told == "teacher layers 1, 2, 3, 4"
+    assert not carry_codes(student).any()
+    assert "it lacks what its teacher has, a learned bias by relative position" in capsys.readouterr().err
 
 
 def test_cosines_are_those_of_rows_held_back(tmp_path: Path) -> None:
