@@ -1,9 +1,9 @@
 """What training on a CPU computes faster than torch's own: dropout, and short inputs' attention in bfloat16.
 
 torch draws one random number per element to drop it, which takes a quarter of a small student's step; here it is 16 random
-bits an element, from the same generator, so p is rounded to 1 / 65,536. Nothing else differs: without dropout, attention is the
-library's own, but for bfloat16 with a gradient: the backward pass of torch's fused kernel takes 1.5 to 7 times as long there as
-plain products and a softmax (both passes together, up to 256 tokens), a sixth of a step of a 6-layer student.
+bits an element, from the same generator, so p is rounded to 1 / 65,536. Without dropout, attention is the library's
+own, but for bfloat16 with a gradient, where the backward pass of torch's fused kernel takes longer than plain products and a
+softmax do (`benchmarks/train_parts.py`).
 """
 
 from __future__ import annotations
@@ -105,10 +105,35 @@ def _attention(
             module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **others
         )[0]
         return output, None
+    return plain_attention(query, key, value, attention_mask, dropout=dropout if drops else 0.0, scaling=scaling), None
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> Tensor:
+    """Return softmax(Q K^T / sqrt(d)) V with its T x T scores held in memory.
+
+    Args:
+        query: (B, A, T, d).
+        key: (B, A, T, d).
+        value: (B, A, T, d).
+        mask: bool, of a shape that fits (B, A, T, T); False is not looked at. None looks at all.
+        dropout: probability with which a weight is dropped.
+        scaling: of the scores, in the place of 1 / sqrt(d).
+
+    Returns:
+        (B, T, A, d).
+    """
     scores = query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ key.transpose(-1, -2)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(-1)
-    if drops:
+    if dropout:
         probs = _Dropped.apply(probs, *keep_mask(probs.shape, dropout))  # type: ignore[no-untyped-call]
-    return (probs.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+    return (probs.to(value.dtype) @ value).transpose(1, 2).contiguous()

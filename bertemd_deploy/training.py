@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from bertemd_deploy.allocator import freed_memory_kept
 from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.batching import Batch, Batching
 from bertemd_deploy.console import note, progress
@@ -138,7 +139,7 @@ def fit(
     run.total_tokens = int(data.examples.lengths.sum()) * schedule.epochs
     run.continue_from_checkpoint()
     done = run.done
-    with _deferred_interrupt() as interrupted, progress(name, run.total_steps) as bar:
+    with freed_memory_kept(), _deferred_interrupt() as interrupted, progress(name, run.total_steps) as bar:
         bar.advance(done.step)
         while len(done.epochs) < schedule.epochs:
             skip = done.step - len(done.epochs) * steps_per_epoch
