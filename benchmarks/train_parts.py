@@ -3,9 +3,9 @@
     python benchmarks/train_parts.py --out benchmarks/results/train-parts.json
 
 Attention: torch's fused kernel against `kernels`' plain products, forward and backward, for the shapes that students have.
-Memory: a whole step of a classifier (both passes, clipping, AdamW) with glibc's usual settings against `allocator`'s. Both
-sides of a ratio run in one process and take turns, in reversed order every other round; a ratio is the median over rounds of
-usual time / ours, with a bootstrap interval.
+Memory: whole steps of a classifier (both passes, clipping, AdamW) with freed memory kept against glibc as it ends up by its
+own adjustment, which is what `allocator` leaves behind. Both sides of a ratio run in one process and take turns, in reversed
+order every other round; a ratio is the median over rounds of usual time / ours, with a bootstrap interval.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What training on a CPU computes faster than torch's own: dropout, and short inputs' attention in bfloat16.
+"""What training on a CPU computes in another way than torch: dropout, and short inputs' attention in bfloat16.
 
 torch draws one random number per element to drop it, which takes a quarter of a small student's step; here it is 16 random
-bits an element, from the same generator, so p is rounded to 1 / 65,536. Without dropout, attention is the library's
-own, but for bfloat16 with a gradient, where the backward pass of torch's fused kernel takes longer than plain products and a
-softmax do (`benchmarks/train_parts.py`).
+bits an element, from the same generator, so p is rounded to 1 / 65,536. Without dropout, attention is the library's own, but
+for bfloat16 with a gradient and up to 128 tokens: there the backward pass of torch's fused kernel takes longer than plain
+products and a softmax do (`benchmarks/train_parts.py`), and the scores they hold are small.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ATTENTION = "bertemd"
 # Families whose attention is transformers' interface and adds nothing to the scores.
 PLAIN = ("bert", "roberta", "electra", "distilbert")
 _WORD = 2**16
-_SHORT = 256  # tokens up to which scores of bfloat16 inputs are held, B * A * T * T of them a layer
+_SHORT = 128  # tokens up to which scores of bfloat16 inputs are held, B * A * T * T of them a layer
 
 
 def quicken(model: nn.Module) -> None:
@@ -100,7 +100,8 @@ def _attention(
 
     drops = module.training and round(dropout * _WORD) > 0
     plain = query.dtype == torch.bfloat16 and query.requires_grad and query.shape[2] <= _SHORT
-    if not (drops or plain):
+    known = not getattr(module, "is_causal", False) and (attention_mask is None or attention_mask.dtype == torch.bool)
+    if not (drops or (plain and known)):
         output: Tensor = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **others
         )[0]
@@ -119,6 +120,8 @@ def plain_attention(
 ) -> Tensor:
     """Return softmax(Q K^T / sqrt(d)) V with its T x T scores held in memory.
 
+    Under autocast scores and probabilities are rounded to bfloat16; a fused kernel keeps them in float32.
+
     Args:
         query: (B, A, T, d).
         key: (B, A, T, d).
@@ -136,4 +139,4 @@ def plain_attention(
     probs = scores.softmax(-1)
     if dropout:
         probs = _Dropped.apply(probs, *keep_mask(probs.shape, dropout))  # type: ignore[no-untyped-call]
-    return (probs.to(value.dtype) @ value).transpose(1, 2).contiguous()
+    return (probs @ value).transpose(1, 2).contiguous()

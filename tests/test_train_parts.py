@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,34 @@ def test_sides_take_turns_in_reversed_order() -> None:
     order: list[str] = []
     train_parts.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"
+
+
+def test_each_side_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    def plain(*given: torch.Tensor) -> torch.Tensor:
+        used.append("plain")
+        return plain_attention(*given)
+
+    @contextlib.contextmanager
+    def kept() -> Iterator[None]:
+        used.append("kept")
+        yield
+
+    shape = dict.fromkeys(train_parts.SHAPES["4L-312"], 12)
+    for where, ours in (("kernels.plain_attention", plain), ("allocator.freed_memory_kept", kept)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bertemd_deploy.{where}", ours)
+            sides = train_parts.attention(torch.float32, 4, 2, 3) if ours is plain else train_parts.steps(shape, 4)
+            sides["usual"]()
+            assert used == []
+            sides["ours"]()
+            assert used.pop() == ours.__name__
+
+
+def test_the_ratio_is_usual_over_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    train_parts.print_table({"seconds": {"memory": {"usual": [0.004, 0.004], "ours": [0.002, 0.002]}}})
+    assert capsys.readouterr().out == "memory: usual 4.0 ms, ours 2.0 ms; usual / ours 2.00 [2.00, 2.00]\n"
 
 
 def test_both_ways_of_attention_compute_the_same() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -149,6 +150,24 @@ class Run:
 def same_weights(left: nn.Module, right: nn.Module) -> bool:
     pairs = zip(left.state_dict().items(), right.state_dict().items(), strict=True)
     return all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
+
+
+def test_freed_memory_is_kept_for_the_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[bool] = []
+
+    @contextlib.contextmanager
+    def kept() -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    def loss(_step: int, value: Tensor) -> Tensor:
+        assert inside == [True]
+        return value
+
+    monkeypatch.setattr("bertemd_deploy.training.freed_memory_kept", kept)
+    assert Run(tmp_path).fit(loss=loss).step > 1
+    assert inside == [True, False]
 
 
 def test_learning_rate_warms_up_then_falls_to_zero() -> None:
