@@ -2,7 +2,8 @@
 
 codes       P ~ codes D codes^T, least squares weighted by how often the one position is real and how often the other. The
 coordinates of the hidden states that the teacher's layers read least carry the codes, the norms keep them in
-scale, and what the layers read there is kept on the average, in their biases. No layer loss sees them.
+scale, and what the layers read there is kept on the average, in their biases. No layer loss sees the codes, and
+training leaves them as they are.
 scores      a head's query and key weights become the best factors of rank d, in the metric of the layer's own inputs, of
 Wq^T Wk / sqrt(d) with D added where the codes are
 """
@@ -90,6 +91,30 @@ def place_codes(embeddings: Any, table: Tensor, *, seen: Tensor, read: Tensor, s
         words.weight[:, where] = 0
     embeddings.position_embeddings.weight[:tokens, where] = codes.float() * scale
     return Codes(where, inverse @ weighted @ inverse.T / scale**2, scale)
+
+
+def hold_codes(student: nn.Module, where: Tensor) -> None:
+    """Let training leave codes as they are: no gradient reaches what writes the coordinates `where` or keeps their scale.
+
+    Attention reads codes with weights many times the usual, so that steps of the usual size would blur them, and their
+    gradients would take up what `max_grad_norm` leaves to the rest.
+    """
+    bert: Any = student.get_submodule("bert")
+    embeddings = bert.embeddings
+    for words in (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings):
+        _hold(words.weight, (slice(None), where))
+    parts = [part for layer in bert.encoder.layer for part in (layer.attention.output, layer.output)]
+    for module in (embeddings.LayerNorm, *(one for part in parts for one in (part.dense, part.LayerNorm))):
+        _hold(module.weight, where)
+        _hold(module.bias, where)
+
+
+def _hold(parameter: nn.Parameter, part: Any) -> None:
+    def leave_out(held: Tensor) -> None:
+        assert held.grad is not None
+        held.grad[part] = 0
+
+    parameter.register_post_accumulate_grad_hook(leave_out)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def stop_reading(dense: Any, where: Tensor, means: Tensor) -> None:

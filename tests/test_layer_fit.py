@@ -120,6 +120,40 @@ def test_layer_losses_do_not_see_the_codes(fit: Any, carrying: int, tmp_path: Pa
     assert torch.equal(trained.project(hidden)[0, 0] == 0, where)
 
 
+def test_training_leaves_the_codes_as_they_are(tmp_path: Path) -> None:
+    teacher, encoder = wide_mpnet(tmp_path)
+    made = {"student": StudentSettings(name="4L"), "settings": DistillSettings(), "kind": "classification"}
+    trained, _, _ = _make_student(teacher, encoder, rows(300, seed=1), **made)
+    student: Any = trained.student
+    where = code_coordinates(student)
+    assert where is not None
+    before = copy.deepcopy(student.state_dict())
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01, weight_decay=0)
+    inputs = batch_of(rows(16, seed=3), encoder.pad_id)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for half in (slice(8), slice(8, 16)):  # as micro-batches are
+            hidden = student.bert(**{name: values[half] for name, values in inputs.items()}).last_hidden_state
+            (hidden[..., where].sum() + hidden.square().sum()).backward()
+        optimizer.step()
+    others = torch.ones(96, dtype=torch.bool)
+    others[where] = False
+    writers = 0
+    for name, values in student.state_dict().items():
+        parts = name.split(".")
+        if "embeddings" in name and parts[-2] != "LayerNorm":
+            now, old = values.T, before[name].T
+        elif "LayerNorm" in name or ".output.dense" in name:
+            now, old = values, before[name]
+        else:
+            continue
+        writers += 1
+        assert torch.equal(now[where], old[where]), name
+        assert not torch.equal(now[others], old[others]), name
+    assert writers == 3 + 2 + 4 * 8
+    assert torch.equal(where, code_coordinates(student))
+
+
 @pytest.mark.parametrize("kind", ["token-classification", "question-answering"])
 def test_a_head_over_tokens_does_not_read_the_codes(kind: Kind, tmp_path: Path) -> None:
     teacher, encoder = wide_mpnet(tmp_path, kind)
