@@ -41,6 +41,7 @@ FIT_TOKENS = 40_000
 _TAUGHT_BYTES = 1 << 30  # most that the teacher's outputs may take
 _TOKENS_AT_ONCE = 4096
 _RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # lambda, over the mean of the inputs' moments
+_CODE_SCALE = 2.0  # larger codes need smaller weights, which int8 rounds less, but disturb the norms
 _HELD = 8  # one row of so many is held back
 
 
@@ -248,11 +249,11 @@ def _run_teacher(teacher: nn.Module, batches: Sequence[_Batch], layers: Sequence
 
 
 def _begin_codes(embeddings: Any, table: Tensor, batches: Sequence[_Batch], taught: _Taught) -> Codes:
-    """Put codes for `table` (A, T, T) into the embeddings, as large as the teacher's embeddings are."""
+    """Put codes for `table` (A, T, T) into the embeddings, `_CODE_SCALE` times as large as the teacher's embeddings are."""
     seen = torch.zeros(table.shape[-1], dtype=torch.float64)
     for batch in batches:
         seen[: batch.real.shape[1]] += batch.real.sum(0)
-    scale = float(taught.embeddings.square().mean().sqrt())
+    scale = _CODE_SCALE * float(taught.embeddings.square().mean().sqrt())
     codes = place_codes(embeddings, table, seen=seen, read=taught.read, scale=scale)
     summed = [
         embeddings.word_embeddings(batch.inputs["input_ids"])

@@ -31,7 +31,7 @@ class Codes:
     Attributes:
         where: (r,) coordinates that carry them.
         shares: D of each head, (A, r, r) float64, for codes as the hidden states hold them.
-        scale: root mean square of a code's coordinate in the hidden states, that of the teacher's embeddings.
+        scale: root mean square of a code's coordinate in the hidden states.
     """
 
     where: Tensor
@@ -96,11 +96,12 @@ def place_codes(embeddings: Any, table: Tensor, *, seen: Tensor, read: Tensor, s
 def hold_codes(student: nn.Module, where: Tensor) -> None:
     """Let training leave codes as they are: no gradient reaches what writes the coordinates `where` or keeps their scale.
 
-    Attention reads codes with weights many times the usual, so that steps of the usual size would blur them, and their
-    gradients would take up what `max_grad_norm` leaves to the rest.
+    Attention reads codes with weights several times the usual, so that steps of the usual size would blur them, and their
+    gradients would take up what `max_grad_norm` leaves to the rest. The embeddings lose their dropout, the one that codes meet.
     """
     bert: Any = student.get_submodule("bert")
     embeddings = bert.embeddings
+    embeddings.dropout.p = 0.0
     for words in (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings):
         _hold(words.weight, (slice(None), where))
     parts = [part for layer in bert.encoder.layer for part in (layer.attention.output, layer.output)]

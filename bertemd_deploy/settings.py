@@ -120,8 +120,7 @@ class DistillSettings:
             serves, are left out of the flow (`emd` and `emd-fixed`; `skip` and `last` leave the student's out anyway).
         cost_scale: "absolute", as published, or "relative" to the mean square of the teacher layer, which weighs attention
             and hidden states, and early and late layers, alike.
-        dropout: of the student's hidden states and attention; null takes the teacher's, and none where the student's layers
-            were fitted (student.fit_layers), which dropout would undo.
+        dropout: of the student's hidden states and attention; null takes the teacher's.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
         precision: of matrix products in training, as in `TeacherSettings`.
         micro_batch_size: rows held in memory at once; null takes the whole batch. The result is the same up to rounding

@@ -27,6 +27,7 @@ from bertemd_deploy.settings import (
 )
 from bertemd_deploy.targets import resolve
 
+_FIT = "codes held"  # before, training moved the codes, and had no dropout
 _MEMORY = ("micro_batch_size", "teacher_cache_bytes")  # the same result up to rounding and dropout's draws
 _AUGMENTATION = ("augmentation", "augmentation_copies", "augmentation_rate")
 _QUANT_AWARE = ("quant_aware", "quant_aware_epochs")
@@ -183,7 +184,7 @@ def _student(settings: StudentSettings, teacher: Mapping[str, Any]) -> dict[str,
 
     values = _without(asdict(settings), ("fit_layers",))
     fits = _start_name(settings) == "teacher" and fits_layers(settings.fit_layers, teacher)
-    return values | {"fit_layers": "always"} if fits else values
+    return values | {"fit_layers": _FIT} if fits else values
 
 
 def _start(settings: StudentSettings) -> Path | None:

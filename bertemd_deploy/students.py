@@ -105,7 +105,7 @@ def build_student(
         encoder: the teacher's tokenizer, which is the student's.
         kind: of the task; decides which head the student has.
         examples: rows of train on which layers copied from the teacher are fitted (`layer_fit`); None leaves them as copied.
-        dropout: of hidden states and attention; None takes the teacher's two, and none where layers were fitted.
+        dropout: of hidden states and attention; None takes the teacher's two.
 
     Raises:
         TrainingError: what the teacher computes is not finite, so nothing can be fitted to it.
@@ -152,8 +152,6 @@ def build_student(
                 note(f"student: it lacks what its teacher has, {family_of(source).bias}")
             return student, told
         note(f"student: layers fitted ({cosines})")
-        if dropout is None:
-            _set_dropout(student, 0.0)  # what was fitted is exact sums, of which a tenth of the terms would be missing
         return student, f"{told}, fitted"
     if start == "random":
         warn(

@@ -224,7 +224,7 @@ def test_fitted_layers_and_whole_scores_are_inputs_where_there_are_any(
     assert len({sha256_json(distill_inputs(one, teacher, SHARED)) for one in elsewhere}) == 1
     mpnet = write_family(tmp_path / "mpnet", "mpnet")
     found = distill_inputs(recipe(mpnet), mpnet, SHARED)
-    assert found["student"]["fit_layers"] == "always"
+    assert found["student"]["fit_layers"] == "codes held"
     assert found["scores"] == "whole"
     never = distill_inputs(recipe(mpnet, student={"fit_layers": "never"}), mpnet, SHARED)
     assert changed_inputs(never, found) == "student.fit_layers"
