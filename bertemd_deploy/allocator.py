@@ -26,8 +26,8 @@ def freed_memory_kept() -> Iterator[None]:
 
     Does nothing without glibc, or where the environment says what glibc is to do.
     """
-    chosen = sys.platform != "linux" or any(name in os.environ for name in _CHOSEN)
-    libc: Any = None if chosen else ctypes.CDLL(None)
+    left_alone = sys.platform != "linux" or any(name in os.environ for name in _CHOSEN)
+    libc: Any = None if left_alone else ctypes.CDLL(None)
     if not all(hasattr(libc, name) for name in ("mallopt", "malloc_trim")):
         yield
         return

@@ -94,7 +94,7 @@ def place_codes(embeddings: Any, table: Tensor, *, seen: Tensor, read: Tensor, s
 
 
 def hold_codes(student: nn.Module, where: Tensor) -> None:
-    """Let training leave codes as they are: no gradient reaches what writes the coordinates `where` or keeps their scale.
+    """Let training leave codes as they are, weight decay aside: no gradient reaches what writes or scales `where`.
 
     Attention reads codes with weights several times the usual, so that steps of the usual size would blur them, and their
     gradients would take up what `max_grad_norm` leaves to the rest. The embeddings lose their dropout, the one that codes meet.
