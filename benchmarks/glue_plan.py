@@ -20,7 +20,7 @@ from bertemd_deploy.files import sha256_json
 
 PLAN = Path(__file__).with_name("glue.yaml")
 ROWS_SEED = 20201116  # any fixed number: the same rows are held out for every setting, and judge every int8 graph
-OF_STUDENT = ("fit_layers",)  # of a mapping's settings, what belongs to the student's section
+OF_STUDENT = ("fit_layers", "init_layers")  # of a mapping's settings, what belongs to the student's section
 GATE_ROWS = 400  # of train, on which the form of int8 is chosen
 
 

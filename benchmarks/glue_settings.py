@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from glue_plan import Cell, cells
+from glue_plan import OF_STUDENT, Cell, cells
 from glue_stats import Grid, Line, Lines, mean_sd, metric_names, same_origin
 from glue_words import NOT_RUN, listed, spread, table
 
@@ -15,12 +15,14 @@ from bertemd_deploy.settings import DistillSettings, StudentSettings
 
 Settings = Mapping[str, Any]
 NO_MATTER = ("seed", "teacher_cache_bytes")  # of what a student is, to rounding
-PLAIN: dict[str, Any] = dataclasses.asdict(DistillSettings()) | {"fit_layers": StudentSettings().fit_layers}
+OF_STUDENT_PLAIN = {name: getattr(StudentSettings(), name) for name in OF_STUDENT}
+PLAIN: dict[str, Any] = dataclasses.asdict(DistillSettings()) | OF_STUDENT_PLAIN
 
 
 def distill_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a student of a recipe depends on besides its seed; what came after the record is as by default."""
-    found = PLAIN | recipe["distill"] | {"fit_layers": recipe.get("student", {}).get("fit_layers", PLAIN["fit_layers"])}
+    student = recipe.get("student", {})
+    found = PLAIN | recipe["distill"] | {name: student.get(name, plain) for name, plain in OF_STUDENT_PLAIN.items()}
     return {name: value for name, value in found.items() if name not in NO_MATTER}
 
 

@@ -288,6 +288,24 @@ def _device_faults(recipe: Recipe) -> list[str]:
     return faults
 
 
+def _layer_faults(student: StudentSettings) -> list[str]:
+    """Return what is wrong with `student.init_layers`, but for what only the model that is copied can tell."""
+    rule = student.init_layers
+    if rule == "auto":
+        return []
+    if student.init == "random":
+        return ["student.init_layers only acts where layers are copied, and student.init is random; remove one"]
+    if isinstance(rule, str):
+        return []
+    count = student.layers
+    if count is None and student.name in STUDENT_NAMES:
+        count = int(student.name.partition("L")[0])
+    if list(rule) != sorted(set(rule)) or count not in (None, len(rule)):
+        number = "" if count is None else f"{count} "
+        return [f"student.init_layers: found {list(rule)}, allowed: {number}different layers in rising order"]
+    return []
+
+
 def _combination_faults(recipe: Recipe) -> list[str]:
     faults = []
     if not recipe.teacher.model:
@@ -311,6 +329,7 @@ def _combination_faults(recipe: Recipe) -> list[str]:
         faults.append(f"student.name: unknown {student.name!r}; known: {', '.join(STUDENT_NAMES)}, or give the sizes")
     if student.hidden is not None and student.heads is not None and student.hidden % student.heads:
         faults.append(f"student: hidden {student.hidden} is not a multiple of heads {student.heads}")
+    faults += _layer_faults(student)
     distill = recipe.distill
     if distill.alpha == 0 and distill.beta == 0 and distill.mapping != "none":
         faults.append("distill: alpha 0 and beta 0 leave nothing of the teacher; raise one, or use mapping: none")

@@ -253,6 +253,7 @@ def _make_student(
         teacher,
         shape=shape,
         init=student.init,
+        init_layers=student.init_layers,
         seed=settings.seed,
         encoder=encoder,
         kind=kind,

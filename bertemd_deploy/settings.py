@@ -14,6 +14,7 @@ Mapping = Literal["none", "uniform", "skip", "last", "emd-fixed", "emd"]
 Augmentation = Literal["none", "dropout", "mlm"]
 KeepEpoch = Literal["best", "last"]
 FitLayers = Literal["auto", "always", "never"]
+InitLayers = Literal["auto", "even", "first"] | tuple[int, ...]
 CostScale = Literal["absolute", "relative"]
 MappedLayers = Literal["all", "intermediate"]
 STUDENT_NAMES = ("4L-312", "6L-768", "4L", "6L")
@@ -85,8 +86,12 @@ class StudentSettings:
 
     Attributes:
         name: "4L-312", "6L-768", "4L" or "6L" (the teacher's width), or null with the four sizes given.
-        init: "auto" (the name's own start, see `students.STUDENTS`), "teacher" (evenly spaced teacher layers), "random",
-            or a checkpoint (folder, hub id, package).
+        init: "auto" (the name's own start, see `students.STUDENTS`), "teacher" (layers of the teacher), "random", or
+            a checkpoint (folder, hub id, package).
+        init_layers: which layers of the teacher, or of a deeper checkpoint, the student's are copied from: "even" takes evenly
+            spaced ones, "first" the first ones, a list such as [1, 2, 4, 6] these (counted from 1). "auto" is "first" for
+            copies of a teacher that adds scores of positions to its attention (MPNet), as they compute nearly what its first
+            layers do, and "even" for all others.
         fit_layers: whether layers copied from the teacher are fitted in closed form to what the teacher's compute, on some
             thousand tokens of train, before training: "auto" where the teacher adds scores of positions to its attention,
             which a copy lacks (MPNet), "always", or "never". Without effect on other starts; not kept where it does not help.
@@ -98,6 +103,7 @@ class StudentSettings:
     heads: int | None = bounded(None, 1, 128)
     intermediate: int | None = bounded(None, 8, 65536)
     init: str = "auto"
+    init_layers: InitLayers = "auto"
     fit_layers: FitLayers = "auto"
 
 

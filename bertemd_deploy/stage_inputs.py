@@ -179,12 +179,17 @@ def _model_files(folder: Path) -> dict[str, str]:
 
 
 def _student(settings: StudentSettings, teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the student's settings, with `fit_layers` where layers are fitted."""
-    from bertemd_deploy.students import fits_layers
+    """Return the student's settings, with `fit_layers` where layers are fitted, `init_layers` where they are not even ones."""
+    from bertemd_deploy.students import fits_layers, layer_rule
 
-    values = _without(asdict(settings), ("fit_layers",))
-    fits = _start_name(settings) == "teacher" and fits_layers(settings.fit_layers, teacher)
-    return values | {"fit_layers": _FIT} if fits else values
+    start = _start_name(settings)
+    values = _without(asdict(settings), ("fit_layers", "init_layers"))
+    rule = layer_rule(settings.init_layers, start, teacher)
+    if rule != "even":
+        values["init_layers"] = rule if isinstance(rule, str) else list(rule)
+    if start == "teacher" and fits_layers(settings.fit_layers, teacher):
+        values["fit_layers"] = _FIT
+    return values
 
 
 def _start(settings: StudentSettings) -> Path | None:

@@ -23,7 +23,7 @@ from bertemd_deploy.inherit import fill, stored_weights
 from bertemd_deploy.layer_fit import fit_layers
 from bertemd_deploy.mapping import even_layers
 from bertemd_deploy.models import auto_class, read_config
-from bertemd_deploy.settings import STUDENT_NAMES, FitLayers, StudentSettings
+from bertemd_deploy.settings import STUDENT_NAMES, FitLayers, InitLayers, StudentSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.vocabulary import match_rows
 
@@ -84,11 +84,37 @@ def fits_layers(setting: FitLayers, teacher: Mapping[str, Any]) -> bool:
     return setting == "always" or (setting == "auto" and family_of(teacher).position_scores)
 
 
+def layer_rule(setting: InitLayers, start: str, teacher: Mapping[str, Any]) -> InitLayers:
+    """Return what `student.init_layers` comes to for a start ("teacher", "random", a checkpoint), "auto" resolved."""
+    if setting != "auto":
+        return setting
+    return "first" if start == "teacher" and family_of(teacher).position_scores else "even"
+
+
+def pick_layers(rule: InitLayers, deep: int, count: int, *, of: str) -> list[int]:
+    """Return which of `deep` layers a student of `count` layers starts from, 0-based.
+
+    Raises:
+        RecipeError: a list of other than `count` layers, not in rising order, or of layers that `of` does not have.
+    """
+    if rule == "first":
+        return list(range(count))
+    if isinstance(rule, str):
+        return even_layers(deep, count)
+    if len(rule) != count or list(rule) != sorted(set(rule)) or rule[-1] > deep:
+        raise RecipeError(
+            f"student.init_layers: found {list(rule)}, allowed: {count} different layers in rising order, from 1 to the "
+            f"{deep} of {of}."
+        )
+    return [layer - 1 for layer in rule]
+
+
 def build_student(
     teacher: nn.Module,
     *,
     shape: Shape,
     init: str,
+    init_layers: InitLayers = "auto",
     seed: int,
     encoder: TextEncoder,
     kind: Kind = "classification",
@@ -101,6 +127,7 @@ def build_student(
         teacher: the teacher's task model of any family, whose vocabulary and labels the student shares.
         shape: full sizes, from `student_shape`.
         init: "auto" takes `shape.start`; "teacher", "random", or a checkpoint of any family.
+        init_layers: which layers are copied, see `StudentSettings`.
         seed: of the random weights.
         encoder: the teacher's tokenizer, which is the student's.
         kind: of the task; decides which head the student has.
@@ -111,10 +138,12 @@ def build_student(
         TrainingError: what the teacher computes is not finite, so nothing can be fitted to it.
         ModelError: the teacher's sizes differ where layers should be copied, or it has parts that no BERT can hold, or a
             checkpoint does not fit.
+        RecipeError: `init_layers` names layers that are not there, or too many or few.
     """
     source: dict[str, Any] = teacher.config.to_dict()  # type: ignore[union-attr, operator]
     theirs = sizes(source)
     start = shape.start if init == "auto" else init
+    rule = layer_rule(init_layers, start, source)
     if start == "teacher":
         same, teacher_s = (
             (shape.hidden, shape.heads, shape.intermediate),
@@ -125,7 +154,7 @@ def build_student(
                 f"student: sizes {same} (hidden, heads, intermediate) differ from the teacher's {teacher_s}, so its layers "
                 "cannot be copied. Set student.init to a checkpoint, or to random."
             )
-        layers = even_layers(theirs.layers, shape.layers)
+        layers = pick_layers(rule, theirs.layers, shape.layers, of="the teacher")
         student = _empty_student(source, source, shape=shape, seed=seed, encoder=encoder, kind=kind, dropout=dropout)
         fitted = examples is not None
         fill(
@@ -170,7 +199,9 @@ def build_student(
             "student.name), or choose another checkpoint."
         )
     deep = given.layers
-    layers = even_layers(deep, shape.layers) if deep > shape.layers else list(range(shape.layers))
+    layers = list(range(shape.layers))
+    if deep >= shape.layers:
+        layers = pick_layers(rule, deep, shape.layers, of=str(folder))
     student = _empty_student(source, config, shape=shape, seed=seed, encoder=encoder, kind=kind, dropout=dropout)
     stored = stored_weights(folder)
     _match_words(stored, folder, config, encoder=encoder, rows=int(source["vocab_size"]))
