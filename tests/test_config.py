@@ -236,6 +236,23 @@ def test_unknown_task_lists_the_known(tmp_path: Path):
             ("data.task=token-classification", "distill.augmentation=dropout"),
             "distill.augmentation: labels of token-classification belong to token positions",
         ),
+        (
+            ("student.init=random", "student.init_layers=first"),
+            "student.init_layers only acts where layers are copied, and student.init is random; remove one",
+        ),
+        (
+            ("student.init_layers=[1, 2, 3]",),
+            "student.init_layers: found [1, 2, 3], allowed: 4 different layers in rising order",
+        ),
+        (
+            ("student.init_layers=[1, 2, 2, 3]",),
+            "student.init_layers: found [1, 2, 2, 3], allowed: 4 different layers in rising order",
+        ),
+        (
+            ("student.init_layers=last",),
+            "student.init_layers: found str 'last', allowed: 'auto', 'even', 'first' or a list of a whole number",
+        ),
+        (("student.init_layers=[0, 1, 2, 3]",), "student.init_layers: found list [0, 1, 2, 3], allowed:"),
         (("quantize.mode=none", "bench.graphs=[int8]"), "bench.graphs asks for int8 graphs, but quantize.mode is none"),
     ],
 )

@@ -75,8 +75,9 @@ def wide_mpnet(tmp_path: Path, kind: Kind = "classification") -> tuple[Any, Any]
 
 def copied(teacher: Any, encoder: Any, layers: int, examples: Encoded | None = None) -> tuple[Any, str]:
     sizes = (96, 4, 128) if teacher.config.hidden_size == 96 else (16, 2, 32)
+    shape = Shape(layers, *sizes)
     return build_student(
-        teacher, shape=Shape(layers, *sizes), init="teacher", seed=1, encoder=encoder, examples=examples
+        teacher, shape=shape, init="teacher", init_layers="even", seed=1, encoder=encoder, examples=examples
     )
 
 

@@ -226,6 +226,7 @@ def test_fitted_layers_and_whole_scores_are_inputs_where_there_are_any(
     found = distill_inputs(recipe(mpnet), mpnet, SHARED)
     assert found["student"]["fit_layers"] == "codes held"
     assert found["scores"] == "whole"
+    assert found["student"]["init_layers"] == "first"
     never = distill_inputs(recipe(mpnet, student={"fit_layers": "never"}), mpnet, SHARED)
     assert changed_inputs(never, found) == "student.fit_layers"
     content = json.loads((teacher / "config.json").read_text())
@@ -234,6 +235,22 @@ def test_fitted_layers_and_whole_scores_are_inputs_where_there_are_any(
     assert "fit_layers" not in distill_inputs(recipe(teacher), teacher, SHARED)["student"]
     logits_only = distill_inputs(recipe(mpnet, distill={"mapping": "none"}), mpnet, SHARED)
     assert "scores" not in plain | logits_only
+
+
+def test_the_layers_that_are_copied_are_inputs_where_they_are_not_evenly_spaced(teacher: Path, tmp_path: Path) -> None:
+    def inputs(model: Path, **student: Any) -> dict[str, Any]:
+        return distill_inputs(recipe(model, student=student), model, SHARED)
+
+    plain = inputs(teacher)
+    assert inputs(teacher, init_layers="even") == plain
+    assert changed_inputs(plain, inputs(teacher, init_layers="first")) == "student.init_layers"
+    some = inputs(teacher, init_layers=[1, 2])
+    assert changed_inputs(plain, some) == "student.init_layers"
+    assert changed_inputs(json.loads(json.dumps(some)), some) == ""
+    assert inputs(teacher, init="random") == plain | {"student": plain["student"] | {"init": "random"}}
+    mpnet = write_family(tmp_path / "mpnet", "mpnet")
+    assert inputs(mpnet) == inputs(mpnet, init_layers="first")
+    assert changed_inputs(inputs(mpnet), inputs(mpnet, init_layers="even")) == "student.init_layers"
 
 
 def test_changed_inputs_are_named() -> None:

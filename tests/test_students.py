@@ -23,7 +23,7 @@ from tiny_words import VOCABULARY
 from bertemd_deploy.errors import ModelError, RecipeError
 from bertemd_deploy.models import load_classifier
 from bertemd_deploy.settings import StudentSettings
-from bertemd_deploy.students import Shape, build_student, student_shape
+from bertemd_deploy.students import Shape, build_student, layer_rule, pick_layers, student_shape
 
 TEACHER = {
     "model_type": "bert",
@@ -80,6 +80,44 @@ def test_a_checkpoint_of_another_family_and_more_layers(tmp_path: Path, tiny_ber
     torch.testing.assert_close(
         student.bert.encoder.layer[1].intermediate.dense.weight,
         stored["distilbert.transformer.layer.3.ffn.lin1.weight"],
+    )
+
+
+def test_layers_are_taken_from_where_the_setting_says(tmp_path: Path, tiny_bert: Callable[..., Path]) -> None:
+    teacher, encoder = bert_teacher(tiny_bert)
+    small = write_family(tmp_path / "small", "distilbert")
+    stored = load_file(small / "model.safetensors")
+    for rule, taken in (("auto", (2, 4)), ("even", (2, 4)), ("first", (1, 2)), ((2, 3), (2, 3))):
+        made = {"shape": Shape(2, 16, 2, 32), "init_layers": rule, "seed": 1, "encoder": encoder}
+        student, told = build_student(teacher, init="teacher", **made)
+        assert told == f"teacher layers {taken[0]}, {taken[1]}"
+        for layer, source in zip(student.bert.encoder.layer, taken, strict=True):
+            theirs = teacher.bert.encoder.layer[source - 1]
+            torch.testing.assert_close(layer.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+        student, told = build_student(teacher, init=str(small), **made)
+        assert told == f"checkpoint {small} (layers {taken[0]}, {taken[1]})"
+        for layer, source in zip(student.bert.encoder.layer, taken, strict=True):
+            theirs = stored[f"distilbert.transformer.layer.{source - 1}.ffn.lin1.weight"]
+            assert torch.equal(layer.intermediate.dense.weight, theirs)
+
+
+def test_a_teacher_of_position_scores_lends_its_first_layers(tmp_path: Path) -> None:
+    teacher, encoder = family_teacher(tmp_path, "mpnet")
+    _, told = build_student(teacher, shape=Shape(2, 16, 2, 32), init="teacher", seed=1, encoder=encoder)
+    assert told == "teacher layers 1, 2"
+    mpnet = {"model_type": "mpnet"}
+    assert [layer_rule("auto", start, mpnet) for start in ("teacher", "random", "folder")] == ["first", "even", "even"]
+    assert layer_rule("auto", "teacher", TEACHER) == "even"
+    assert layer_rule("even", "teacher", mpnet) == "even"
+    assert layer_rule((1, 2), "teacher", mpnet) == (1, 2)
+
+
+@pytest.mark.parametrize("rule", [(1,), (1, 2, 3), (2, 1), (2, 2), (3, 5)])
+def test_layers_that_are_not_there_or_too_many_are_refused(rule: tuple[int, ...]) -> None:
+    with pytest.raises(RecipeError) as raised:
+        pick_layers(rule, 4, 2, of="the teacher")
+    assert str(raised.value) == (
+        f"student.init_layers: found {list(rule)}, allowed: 2 different layers in rising order, from 1 to the 4 of the teacher."
     )
 
 
