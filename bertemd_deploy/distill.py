@@ -27,7 +27,7 @@ from bertemd_deploy.kernels import quicken
 from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
 from bertemd_deploy.objective import Distiller, Objective
-from bertemd_deploy.position_codes import code_coordinates, hold_codes
+from bertemd_deploy.position_codes import hold_codes
 from bertemd_deploy.processes import join_processes
 from bertemd_deploy.settings import DistillSettings, StudentSettings
 from bertemd_deploy.students import build_student, fits_layers, student_shape
@@ -262,15 +262,12 @@ def _make_student(
     )
     widths = {"student_hidden": int(shape.hidden or 0), "teacher_hidden": theirs.hidden}
     needed = settings.hidden_projection or widths["student_hidden"] != widths["teacher_hidden"]
-    codes = code_coordinates(model)
-    if codes is not None:
-        hold_codes(model, codes)
     trained = Distiller(
         model,
         **widths,
         project=needed and settings.mapping != "none",
         seed=settings.seed,
-        left_out=codes,
+        left_out=hold_codes(model),
     )
     if shape.heads != theirs.heads and settings.mapping != "none":
         warn(

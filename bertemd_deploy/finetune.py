@@ -17,6 +17,7 @@ from bertemd_deploy.families import known_inputs
 from bertemd_deploy.kernels import quicken
 from bertemd_deploy.losses import supervised_losses
 from bertemd_deploy.models import load_classifier, output_logits, save_model, set_labels
+from bertemd_deploy.position_codes import hold_codes
 from bertemd_deploy.processes import join_processes
 from bertemd_deploy.settings import TeacherSettings
 from bertemd_deploy.tasks import Kind
@@ -65,7 +66,7 @@ def finetune(
         torch.manual_seed(settings.seed)  # the new head's weights
         model = load_classifier(model_folder, labels=data.labels, kind=kind, new_head=True)
     set_labels(model, data.labels, kind=kind)
-
+    hold_codes(model)
     device = training_device()
     model.to(device)
     quicken(model)

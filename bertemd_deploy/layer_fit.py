@@ -28,6 +28,7 @@ from bertemd_deploy.families import family_of, known_inputs
 from bertemd_deploy.models import output_layer
 from bertemd_deploy.position_codes import (
     Codes,
+    code_coordinates,
     deviation,
     fold_scores,
     keep_scale,
@@ -117,7 +118,8 @@ def fit_layers(
         copied = _cosines(bert, batches, taught)
         table = position_scores(teacher, max_length)
         codes = None if table is None else _begin_codes(bert.embeddings, table.cpu().double(), batches, taught)
-        found = Fit(copied, _fit_each(bert, batches, taught, codes))
+        where = code_coordinates(student) if codes is None else codes.where  # a teacher may have been fitted itself
+        found = Fit(copied, _fit_each(bert, batches, taught, codes, where))
         if codes is not None:
             head = output_layer(student) if bert.pooler is None else bert.pooler.dense
             head.weight[:, codes.where] = 0
@@ -144,12 +146,17 @@ def _cosines(bert: Any, batches: Sequence[_Batch], taught: _Taught) -> list[floa
     ]
 
 
-def _fit_each(bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: Codes | None) -> list[float]:
-    """Fit layer after layer; return the mean cosine of each one's outputs with the teacher's on the rows held back."""
+def _fit_each(
+    bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: Codes | None, where: Tensor | None
+) -> list[float]:
+    """Fit layer after layer; return the mean cosine of each one's outputs with the teacher's on the rows held back.
+
+    Attention is fitted to read `codes`, where there are new ones; no output touches the coordinates `where`.
+    """
     held = _held(batches)
     kept = torch.ones(bert.config.hidden_size, dtype=torch.bool)
-    if codes is not None:
-        kept[codes.where] = False
+    if where is not None:
+        kept[where] = False
     hidden = _real([bert.embeddings(**_named(bert, batch)) for batch in batches], batches)
     cosines = []
     for layer, (at_attention, at_output), (read, read_inside) in zip(
@@ -163,8 +170,8 @@ def _fit_each(bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: Code
             stop_reading(layer.intermediate.dense, codes.where, read_inside)
             fold_scores(attention, hidden, codes)
         context = _attend(attention, hidden, batches)
-        hidden = _fit_output(part, nn.Identity(), context, hidden, at_attention, held, codes)
-        hidden = _fit_output(layer.output, layer.intermediate, hidden, hidden, at_output, held, codes)
+        hidden = _fit_output(part, nn.Identity(), context, hidden, at_attention, held, where)
+        hidden = _fit_output(layer.output, layer.intermediate, hidden, hidden, at_output, held, where)
         cosines.append(float(cosine_similarity(hidden[held][:, kept], theirs[:, kept], dim=-1).mean()))
     return cosines
 
@@ -290,7 +297,7 @@ def _fit_output(
     beside: Tensor,
     wanted: Tensor,
     held: Tensor,
-    codes: Codes | None,
+    where: Tensor | None,
 ) -> Tensor:
     """Move the weights of `output.dense` so that what the norm is given is nearest to `wanted`; return what the norm gives.
 
@@ -301,11 +308,11 @@ def _fit_output(
         beside: (n, H), added before the norm.
         wanted: (n, H), what the teacher's norm is given.
         held: (n,) bool, tokens that choose lambda.
-        codes: coordinates that no output touches.
+        where: coordinates that no output touches, as they carry codes.
     """
-    if codes is not None:
-        output.dense.weight[codes.where] = 0
-        output.dense.bias[codes.where] = 0
+    if where is not None:
+        output.dense.weight[where] = 0
+        output.dense.bias[where] = 0
 
     def pair(rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inputs with a 1, (rows, d + 1), and what is missing, (rows, H), both over the deviation."""
@@ -313,8 +320,8 @@ def _fit_output(
         aim = wanted[rows].float()
         weights = 1 / deviation(aim)[:, None]
         missing = (aim - output.dense(inputs) - beside[rows]) * weights
-        if codes is not None:
-            missing[:, codes.where] = 0
+        if where is not None:
+            missing[:, where] = 0
         return torch.cat([inputs, torch.ones(len(inputs), 1)], 1) * weights, missing
 
     given, missing = pair(held.nonzero().flatten())
@@ -331,8 +338,8 @@ def _fit_output(
         output.dense.weight += moved[:-1].T
         output.dense.bias += moved[-1]
     before = torch.cat([output.dense(inner(some)) for some in _blocks(source)]) + beside
-    if codes is not None:
-        keep_scale(output.LayerNorm, before, codes.where)
+    if where is not None:
+        keep_scale(output.LayerNorm, before, where)
     normed: Tensor = output.LayerNorm(before)
     return normed
 

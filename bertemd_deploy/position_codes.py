@@ -3,7 +3,7 @@
 codes       P ~ codes D codes^T, least squares weighted by how often the one position is real and how often the other. The
 coordinates of the hidden states that the teacher's layers read least carry the codes, the norms keep them in
 scale, and what the layers read there is kept on the average, in their biases. No layer loss sees the codes, and
-training leaves them as they are.
+training writes nothing there.
 scores      a head's query and key weights become the best factors of rank d, in the metric of the layer's own inputs, of
 Wq^T Wk / sqrt(d) with D added where the codes are
 """
@@ -39,17 +39,34 @@ class Codes:
     scale: float
 
 
-def code_coordinates(student: nn.Module) -> Tensor | None:
+def code_coordinates(model: nn.Module) -> Tensor | None:
     """Return the coordinates of a BERT's hidden states that carry codes of positions, (r,) int64; None where there are none.
 
-    No word has a part in these, and no layer writes there.
+    They come from the position embedding alone: no word or token type has a part in them, no layer writes there, and no norm
+    moves them. A model that is no BERT has none.
     """
-    bert: Any = student.get_submodule("bert")
-    untouched = (bert.embeddings.word_embeddings.weight == 0).all(0)
-    for layer in bert.encoder.layer:
-        untouched &= (layer.output.dense.weight == 0).all(1)
-    where: Tensor = untouched.nonzero().flatten()
+    bert: Any = getattr(model, "bert", None)
+    if bert is None:
+        return None
+    embeddings = bert.embeddings
+    found = (embeddings.position_embeddings.weight != 0).any(0)
+    for words in (embeddings.word_embeddings, embeddings.token_type_embeddings):
+        found &= (words.weight == 0).all(0)
+    for part in _writers(bert):
+        found &= (part.dense.weight == 0).all(1) & (part.dense.bias == 0)
+    for norm in _norms(bert):
+        found &= norm.bias == 0
+    where: Tensor = found.nonzero().flatten()
     return where if len(where) else None
+
+
+def _writers(bert: Any) -> list[Any]:
+    """Return what adds to the hidden states in the layers: parts with `dense` and `LayerNorm`."""
+    return [part for layer in bert.encoder.layer for part in (layer.attention.output, layer.output)]
+
+
+def _norms(bert: Any) -> list[Any]:
+    return [bert.embeddings.LayerNorm, *(part.LayerNorm for part in _writers(bert))]
 
 
 def place_codes(embeddings: Any, table: Tensor, *, seen: Tensor, read: Tensor, scale: float) -> Codes:
@@ -93,21 +110,26 @@ def place_codes(embeddings: Any, table: Tensor, *, seen: Tensor, read: Tensor, s
     return Codes(where, inverse @ weighted @ inverse.T / scale**2, scale)
 
 
-def hold_codes(student: nn.Module, where: Tensor) -> None:
-    """Let training leave codes as they are, weight decay aside: no gradient reaches what writes or scales `where`.
+def hold_codes(model: nn.Module) -> Tensor | None:
+    """Keep training from writing where a BERT has codes of positions; return these coordinates, None where it has none.
 
-    Attention reads codes with weights several times the usual, so that steps of the usual size would blur them, and their
-    gradients would take up what `max_grad_norm` leaves to the rest. The embeddings lose their dropout, the one that codes meet.
+    No gradient reaches what writes there or weighs them in a norm, so only weight decay moves it; how large the codes are
+    in a layer still changes as far as its norm divides them by what the other coordinates have become. Attention reads codes
+    with weights several times the usual: steps of the usual size would blur them, and their gradients would take up what
+    `max_grad_norm` leaves to the rest. The embeddings lose their dropout, the one that codes meet.
     """
-    bert: Any = student.get_submodule("bert")
+    where = code_coordinates(model)
+    if where is None:
+        return None
+    bert: Any = model.get_submodule("bert")
     embeddings = bert.embeddings
     embeddings.dropout.p = 0.0
     for words in (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings):
         _hold(words.weight, (slice(None), where))
-    parts = [part for layer in bert.encoder.layer for part in (layer.attention.output, layer.output)]
-    for module in (embeddings.LayerNorm, *(one for part in parts for one in (part.dense, part.LayerNorm))):
+    for module in (*(part.dense for part in _writers(bert)), *_norms(bert)):
         _hold(module.weight, where)
         _hold(module.bias, where)
+    return where
 
 
 def _hold(parameter: nn.Parameter, part: Any) -> None:

@@ -11,12 +11,15 @@ import pytest
 import torch
 from corpora import write_corpus
 from safetensors.torch import load_file
+from tiny_family import carve_codes
 
 from bertemd_deploy.data import load_data
 from bertemd_deploy.errors import ModelError
 from bertemd_deploy.evaluate import evaluate_folder
 from bertemd_deploy.files import sha256_file
 from bertemd_deploy.finetune import finetune
+from bertemd_deploy.models import load_classifier
+from bertemd_deploy.position_codes import code_coordinates
 from bertemd_deploy.settings import TeacherSettings
 
 Make = Callable[..., Path]
@@ -54,6 +57,18 @@ def test_an_encoder_becomes_a_teacher_that_scores_its_record(tiny_bert: Make, ti
     lines = [json.loads(line) for line in (tmp_path / "teacher.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0] / 2
+
+
+def test_codes_of_positions_outlive_it(tiny_bert: Make, tiny_data: Make, tmp_path: Path) -> None:
+    folder = tiny_bert(labels=("bad", "good"))
+    before = carve_codes(folder, [3, 7])
+    train(folder, tiny_data(labels=("bad", "good")), tmp_path / "teacher")
+    tuned = load_classifier(tmp_path / "teacher", labels=("bad", "good"))
+    assert code_coordinates(tuned).tolist() == [3, 7]
+    name = "bert.embeddings.position_embeddings.weight"
+    now = load_file(tmp_path / "teacher" / "model.safetensors")[name]
+    torch.testing.assert_close(now[:, [3, 7]], before[name][:, [3, 7]], rtol=0.01, atol=0)  # weight decay
+    assert not torch.allclose(now[:, [2, 5]], before[name][:, [2, 5]], rtol=0.01, atol=0)
 
 
 def test_regression_is_one_output_without_names(tiny_bert: Make, tiny_data: Make, tmp_path: Path) -> None:

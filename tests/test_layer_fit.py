@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_inherit import SAME
-from tiny_family import family_teacher
+from tiny_family import LABELS, carve_codes, family_teacher
 
 from bertemd_deploy import layer_fit, position_codes
 from bertemd_deploy.capture import LayerReader
@@ -19,8 +20,8 @@ from bertemd_deploy.encoding import Encoded
 from bertemd_deploy.errors import TrainingError
 from bertemd_deploy.families import FAMILIES
 from bertemd_deploy.layer_fit import fit_layers
-from bertemd_deploy.models import output_layer
-from bertemd_deploy.position_codes import code_coordinates
+from bertemd_deploy.models import load_classifier, output_layer
+from bertemd_deploy.position_codes import code_coordinates, hold_codes
 from bertemd_deploy.settings import DistillSettings, StudentSettings
 from bertemd_deploy.students import Shape, build_student, fits_layers
 from bertemd_deploy.tasks import Kind
@@ -138,6 +139,7 @@ def test_training_leaves_the_codes_as_they_are(tmp_path: Path) -> None:
     others[where] = False
     writers = 0
     assert student.bert.embeddings.dropout.p == 0
+    assert {module.p for module in student.bert.encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
     for name, values in student.state_dict().items():
         parts = name.split(".")
         if "embeddings" in name and parts[-2] != "LayerNorm":
@@ -151,6 +153,45 @@ def test_training_leaves_the_codes_as_they_are(tmp_path: Path) -> None:
         assert not torch.equal(now[others], old[others]), name
     assert writers == 3 + 2 + 4 * 8
     assert torch.equal(where, code_coordinates(student))
+
+
+def test_codes_are_coordinates_that_only_positions_write_to(tiny_bert: Callable[..., Path]) -> None:
+    folder = tiny_bert("teacher", layers=2, labels=LABELS)
+    assert code_coordinates(load_classifier(folder, labels=LABELS)) is None
+    carve_codes(folder, [3, 7])
+    teacher: Any = load_classifier(folder, labels=LABELS)
+    assert code_coordinates(teacher).tolist() == [3, 7]
+    bert, layer = teacher.bert, teacher.bert.encoder.layer[1]
+    with torch.no_grad():
+        for values in (
+            bert.embeddings.word_embeddings.weight[5],
+            bert.embeddings.token_type_embeddings.weight[1],
+            bert.embeddings.LayerNorm.bias,
+            layer.attention.output.dense.weight[:, 2],
+            layer.attention.output.dense.bias,
+            layer.attention.output.LayerNorm.bias,
+            layer.output.dense.weight[:, 2],
+            layer.output.dense.bias,
+            layer.output.LayerNorm.bias,
+        ):
+            values[3] = 0.1
+            assert code_coordinates(teacher).tolist() == [7]
+            values[3] = 0
+        bert.embeddings.position_embeddings.weight[:, 3] = 0
+        assert code_coordinates(teacher).tolist() == [7]
+        bert.embeddings.position_embeddings.weight[:, 7] = 0
+    assert code_coordinates(teacher) is None
+    assert hold_codes(teacher) is None
+    assert {module.p for module in teacher.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
+
+
+def test_a_fitted_student_that_becomes_a_teacher_keeps_its_codes(tmp_path: Path) -> None:
+    mpnet, encoder = wide_mpnet(tmp_path)
+    teacher, _ = copied(mpnet, encoder, 4, rows(300, seed=1))
+    where = code_coordinates(teacher)
+    again, told = copied(teacher, encoder, 3, rows(300, seed=2))
+    assert told == "teacher layers 1, 2, 4, fitted"
+    assert torch.equal(code_coordinates(again), where)
 
 
 @pytest.mark.parametrize("kind", ["token-classification", "question-answering"])

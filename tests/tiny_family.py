@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_words import SPECIAL, VOCABULARY, write_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -170,6 +172,18 @@ def family_teacher(
     folder = write_family(tmp_path / family, family, kind=kind, **changes)
     labels = () if kind == "question-answering" else LABELS
     return load_classifier(folder, labels=labels, kind=kind), encoder_of(folder)
+
+
+def carve_codes(folder: Path, where: list[int]) -> dict[str, torch.Tensor]:
+    """Let only the position embedding of a BERT's folder write to the coordinates `where`, as codes are; return its weights."""
+    weights = load_file(folder / "model.safetensors")
+    for name, values in weights.items():
+        if re.search(r"(word|token_type)_embeddings", name):
+            values[:, where] = 0
+        elif ".output.dense." in name or name.endswith("LayerNorm.bias"):
+            values[where] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
 
 
 def bert_teacher(tiny_bert: Callable[..., Path]) -> tuple[Any, TextEncoder]:
