@@ -226,7 +226,8 @@ def _convert(value: Any, hint: Any) -> Any:
             try:
                 return _convert(value, option)
             except ValueError:
-                continue
+                if isinstance(value, list) and value and typing.get_origin(option) is tuple:
+                    raise  # it says what is wrong in the list
         raise ValueError(f"found {_describe(value)}, allowed: {' or '.join(map(_type_name, arguments))}")
     if origin is tuple:
         if not isinstance(value, list | tuple) or not value:

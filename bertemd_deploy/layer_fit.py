@@ -28,7 +28,6 @@ from bertemd_deploy.families import family_of, known_inputs
 from bertemd_deploy.models import output_layer
 from bertemd_deploy.position_codes import (
     Codes,
-    code_coordinates,
     deviation,
     fold_scores,
     keep_scale,
@@ -118,8 +117,7 @@ def fit_layers(
         copied = _cosines(bert, batches, taught)
         table = position_scores(teacher, max_length)
         codes = None if table is None else _begin_codes(bert.embeddings, table.cpu().double(), batches, taught)
-        where = code_coordinates(student) if codes is None else codes.where  # a teacher may have been fitted itself
-        found = Fit(copied, _fit_each(bert, batches, taught, codes, where))
+        found = Fit(copied, _fit_each(bert, batches, taught, codes))
         if codes is not None:
             head = output_layer(student) if bert.pooler is None else bert.pooler.dense
             head.weight[:, codes.where] = 0
@@ -146,17 +144,12 @@ def _cosines(bert: Any, batches: Sequence[_Batch], taught: _Taught) -> list[floa
     ]
 
 
-def _fit_each(
-    bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: Codes | None, where: Tensor | None
-) -> list[float]:
-    """Fit layer after layer; return the mean cosine of each one's outputs with the teacher's on the rows held back.
-
-    Attention is fitted to read `codes`, where there are new ones; no output touches the coordinates `where`.
-    """
+def _fit_each(bert: Any, batches: Sequence[_Batch], taught: _Taught, codes: Codes | None) -> list[float]:
+    """Fit layer after layer; return the mean cosine of each one's outputs with the teacher's on the rows held back."""
     held = _held(batches)
     kept = torch.ones(bert.config.hidden_size, dtype=torch.bool)
-    if where is not None:
-        kept[where] = False
+    if codes is not None:
+        kept[codes.where] = False
     hidden = _real([bert.embeddings(**_named(bert, batch)) for batch in batches], batches)
     cosines = []
     for layer, (at_attention, at_output), (read, read_inside) in zip(
@@ -170,8 +163,8 @@ def _fit_each(
             stop_reading(layer.intermediate.dense, codes.where, read_inside)
             fold_scores(attention, hidden, codes)
         context = _attend(attention, hidden, batches)
-        hidden = _fit_output(part, nn.Identity(), context, hidden, at_attention, held, where)
-        hidden = _fit_output(layer.output, layer.intermediate, hidden, hidden, at_output, held, where)
+        hidden = _fit_output(part, nn.Identity(), context, hidden, at_attention, held, codes)
+        hidden = _fit_output(layer.output, layer.intermediate, hidden, hidden, at_output, held, codes)
         cosines.append(float(cosine_similarity(hidden[held][:, kept], theirs[:, kept], dim=-1).mean()))
     return cosines
 
@@ -297,7 +290,7 @@ def _fit_output(
     beside: Tensor,
     wanted: Tensor,
     held: Tensor,
-    where: Tensor | None,
+    codes: Codes | None,
 ) -> Tensor:
     """Move the weights of `output.dense` so that what the norm is given is nearest to `wanted`; return what the norm gives.
 
@@ -308,11 +301,11 @@ def _fit_output(
         beside: (n, H), added before the norm.
         wanted: (n, H), what the teacher's norm is given.
         held: (n,) bool, tokens that choose lambda.
-        where: coordinates that no output touches, as they carry codes.
+        codes: coordinates that no output touches.
     """
-    if where is not None:
-        output.dense.weight[where] = 0
-        output.dense.bias[where] = 0
+    if codes is not None:
+        output.dense.weight[codes.where] = 0
+        output.dense.bias[codes.where] = 0
 
     def pair(rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inputs with a 1, (rows, d + 1), and what is missing, (rows, H), both over the deviation."""
@@ -320,8 +313,8 @@ def _fit_output(
         aim = wanted[rows].float()
         weights = 1 / deviation(aim)[:, None]
         missing = (aim - output.dense(inputs) - beside[rows]) * weights
-        if where is not None:
-            missing[:, where] = 0
+        if codes is not None:
+            missing[:, codes.where] = 0
         return torch.cat([inputs, torch.ones(len(inputs), 1)], 1) * weights, missing
 
     given, missing = pair(held.nonzero().flatten())
@@ -338,8 +331,8 @@ def _fit_output(
         output.dense.weight += moved[:-1].T
         output.dense.bias += moved[-1]
     before = torch.cat([output.dense(inner(some)) for some in _blocks(source)]) + beside
-    if where is not None:
-        keep_scale(output.LayerNorm, before, where)
+    if codes is not None:
+        keep_scale(output.LayerNorm, before, codes.where)
     normed: Tensor = output.LayerNorm(before)
     return normed
 

@@ -65,7 +65,8 @@ class Distiller(nn.Module):
             teacher_hidden: the teacher's.
             project: add W (H_student x H_teacher, shared by all layers and the embedding; identity at equal width).
             seed: of W.
-            left_out: coordinates of the student's hidden states that are compared with nothing; None compares all.
+            left_out: coordinates of the student's hidden states that count as 0 in every cost, so that no layer loss reaches
+                them; what the teacher has there adds the same to all costs of a teacher layer. None compares all.
         """
         super().__init__()
         compared = None
@@ -84,7 +85,7 @@ class Distiller(nn.Module):
                 nn.init.eye_(self.projection.weight)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Return W h, or h where there is no W; of coordinates that are left out nothing is seen, and nothing learnt."""
+        """Return W h, or h where there is no W; coordinates that are left out are 0, and nothing is learnt from them."""
         if self.compared is not None:
             hidden = hidden * self.compared.to(hidden.dtype)
         return hidden if self.projection is None else self.projection(hidden)

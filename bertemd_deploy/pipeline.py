@@ -261,14 +261,13 @@ class _Run:
         }
 
     def all(self, *, stop_after: str | None) -> dict[str, Any]:
-        from bertemd_deploy.students import student_shape
+        from bertemd_deploy.students import student_shape, uneven_layers
 
         recipe, out = self.recipe, self.out
         data, max_length = load_recipe_data(recipe.data)
         source = find_model(recipe.teacher.model, sha256=recipe.teacher.sha256)
-        student_shape(
-            recipe.student, check_folder(source)
-        )  # a student that cannot be is said before hours of fine-tuning
+        for check in (student_shape, uneven_layers):  # what cannot be is said before hours of fine-tuning
+            check(recipe.student, check_folder(source))
         shared = {"data": data.sha256, "max_length": max_length}
         records: dict[str, Any] = {}
         teacher = source

@@ -3,7 +3,7 @@
 codes       P ~ codes D codes^T, least squares weighted by how often the one position is real and how often the other. The
 coordinates of the hidden states that the teacher's layers read least carry the codes, the norms keep them in
 scale, and what the layers read there is kept on the average, in their biases. No layer loss sees the codes, and
-training writes nothing there.
+but for weight decay training writes nothing there.
 scores      a head's query and key weights become the best factors of rank d, in the metric of the layer's own inputs, of
 Wq^T Wk / sqrt(d) with D added where the codes are
 """

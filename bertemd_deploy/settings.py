@@ -90,8 +90,8 @@ class StudentSettings:
             a checkpoint (folder, hub id, package).
         init_layers: which layers of the teacher, or of a deeper checkpoint, the student's are copied from: "even" takes evenly
             spaced ones, "first" the first ones, a list such as [1, 2, 4, 6] these (counted from 1). "auto" is "first" for
-            copies of a teacher that adds scores of positions to its attention (MPNet), as they compute nearly what its first
-            layers do, and "even" for all others.
+            copies of a teacher that adds scores of positions to its attention (MPNet), whose layers a BERT comes near to only
+            where none is missing between them, and "even" for all others.
         fit_layers: whether layers copied from the teacher are fitted in closed form to what the teacher's compute, on some
             thousand tokens of train, before training: "auto" where the teacher adds scores of positions to its attention,
             which a copy lacks (MPNet), "always", or "never". Without effect on other starts; not kept where it does not help.

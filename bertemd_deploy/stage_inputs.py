@@ -72,6 +72,7 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
 
     Raises:
         ModelError: a checkpoint that the student starts from is not found.
+        RecipeError: the student's sizes or layers do not fit the teacher.
     """
     plain = DistillSettings()
     settings = replace(
@@ -180,30 +181,23 @@ def _model_files(folder: Path) -> dict[str, str]:
 
 def _student(settings: StudentSettings, teacher: Mapping[str, Any]) -> dict[str, Any]:
     """Return the student's settings, with `fit_layers` where layers are fitted, `init_layers` where they are not even ones."""
-    from bertemd_deploy.students import fits_layers, layer_rule
+    from bertemd_deploy.students import fits_layers, start_name, uneven_layers
 
-    start = _start_name(settings)
     values = _without(asdict(settings), ("fit_layers", "init_layers"))
-    rule = layer_rule(settings.init_layers, start, teacher)
-    if rule != "even":
-        values["init_layers"] = rule if isinstance(rule, str) else list(rule)
-    if start == "teacher" and fits_layers(settings.fit_layers, teacher):
+    layers = uneven_layers(settings, teacher)
+    if layers is not None:
+        values["init_layers"] = [layer + 1 for layer in layers]
+    if start_name(settings) == "teacher" and fits_layers(settings.fit_layers, teacher):
         values["fit_layers"] = _FIT
     return values
 
 
 def _start(settings: StudentSettings) -> Path | None:
     """Return the folder of the checkpoint that the student starts from; None where it starts from none."""
-    start = _start_name(settings)
+    from bertemd_deploy.students import start_name
+
+    start = start_name(settings)
     return None if start in ("teacher", "random") else find_model(start)
-
-
-def _start_name(settings: StudentSettings) -> str:
-    from bertemd_deploy.students import STUDENTS
-
-    if settings.init != "auto":
-        return settings.init
-    return STUDENTS[settings.name].start if settings.name in STUDENTS else "teacher"
 
 
 def _resolved(precision: Precision) -> Precision:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bertemd_deploy.checkpoints import find_model
+from bertemd_deploy.checkpoints import check_folder, find_model
 from bertemd_deploy.console import note, warn
 from bertemd_deploy.encoding import Encoded, TextEncoder
 from bertemd_deploy.errors import ModelError, RecipeError
@@ -23,6 +23,7 @@ from bertemd_deploy.inherit import fill, stored_weights
 from bertemd_deploy.layer_fit import fit_layers
 from bertemd_deploy.mapping import even_layers
 from bertemd_deploy.models import auto_class, read_config
+from bertemd_deploy.position_codes import code_coordinates
 from bertemd_deploy.settings import STUDENT_NAMES, FitLayers, InitLayers, StudentSettings
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.vocabulary import match_rows
@@ -84,6 +85,31 @@ def fits_layers(setting: FitLayers, teacher: Mapping[str, Any]) -> bool:
     return setting == "always" or (setting == "auto" and family_of(teacher).position_scores)
 
 
+def start_name(settings: StudentSettings) -> str:
+    """Return where the student's weights start: "teacher", "random", or a checkpoint."""
+    if settings.init != "auto":
+        return settings.init
+    return STUDENTS[settings.name].start if settings.name in STUDENTS else "teacher"
+
+
+def uneven_layers(settings: StudentSettings, teacher: Mapping[str, Any]) -> list[int] | None:
+    """Return which layers a student is copied from, 0-based, where they are not evenly spaced ones; else None.
+
+    Raises:
+        RecipeError: as `student_shape`, or `init_layers` names layers that are not there, or too many or few.
+        ModelError: a checkpoint whose layers are named is not found.
+    """
+    start = start_name(settings)
+    rule = layer_rule(settings.init_layers, start, teacher)
+    if rule == "even":
+        return None
+    count = student_shape(settings, teacher).layers
+    of, source = ("the teacher", teacher) if start == "teacher" else (start, check_folder(find_model(start)))
+    deep = sizes(source).layers
+    layers = pick_layers(rule, deep, count, of=of)
+    return None if layers == even_layers(deep, count) else layers
+
+
 def layer_rule(setting: InitLayers, start: str, teacher: Mapping[str, Any]) -> InitLayers:
     """Return what `student.init_layers` comes to for a start ("teacher", "random", a checkpoint), "auto" resolved."""
     if setting != "auto":
@@ -101,10 +127,10 @@ def pick_layers(rule: InitLayers, deep: int, count: int, *, of: str) -> list[int
         return list(range(count))
     if isinstance(rule, str):
         return even_layers(deep, count)
-    if len(rule) != count or list(rule) != sorted(set(rule)) or rule[-1] > deep:
+    if len(rule) != count or list(rule) != sorted(set(rule)) or rule[0] < 1 or rule[-1] > deep:
         raise RecipeError(
-            f"student.init_layers: found {list(rule)}, allowed: {count} different layers in rising order, from 1 to the "
-            f"{deep} of {of}."
+            f"student.init_layers: found {list(rule)}, allowed: {count} different layers of 1 to {deep} of {of}, in rising "
+            "order."
         )
     return [layer - 1 for layer in rule]
 
@@ -137,7 +163,7 @@ def build_student(
     Raises:
         TrainingError: what the teacher computes is not finite, so nothing can be fitted to it.
         ModelError: the teacher's sizes differ where layers should be copied, or it has parts that no BERT can hold, or a
-            checkpoint does not fit.
+            checkpoint does not fit, or layers should be fitted to those of a teacher that carry positions themselves.
         RecipeError: `init_layers` names layers that are not there, or too many or few.
     """
     source: dict[str, Any] = teacher.config.to_dict()  # type: ignore[union-attr, operator]
@@ -157,6 +183,11 @@ def build_student(
         layers = pick_layers(rule, theirs.layers, shape.layers, of="the teacher")
         student = _empty_student(source, source, shape=shape, seed=seed, encoder=encoder, kind=kind, dropout=dropout)
         fitted = examples is not None
+        if fitted and code_coordinates(teacher) is not None:
+            raise ModelError(
+                "student.fit_layers is always, but the teacher's layers were fitted themselves to another's, and a second fit "
+                "would lose the positions that they carry. Leave it at auto."
+            )
         fill(
             student,
             teacher.state_dict(),
@@ -200,7 +231,7 @@ def build_student(
         )
     deep = given.layers
     layers = list(range(shape.layers))
-    if deep >= shape.layers:
+    if deep > shape.layers or not isinstance(rule, str):
         layers = pick_layers(rule, deep, shape.layers, of=str(folder))
     student = _empty_student(source, config, shape=shape, seed=seed, encoder=encoder, kind=kind, dropout=dropout)
     stored = stored_weights(folder)

@@ -245,6 +245,10 @@ def test_unknown_task_lists_the_known(tmp_path: Path):
             "student.init_layers: found [1, 2, 3], allowed: 4 different layers in rising order",
         ),
         (
+            ("student.init_layers=[1, 3, 2, 4]",),
+            "student.init_layers: found [1, 3, 2, 4], allowed: 4 different layers in rising order",
+        ),
+        (
             ("student.init_layers=[1, 2, 2, 3]",),
             "student.init_layers: found [1, 2, 2, 3], allowed: 4 different layers in rising order",
         ),
@@ -252,7 +256,12 @@ def test_unknown_task_lists_the_known(tmp_path: Path):
             ("student.init_layers=last",),
             "student.init_layers: found str 'last', allowed: 'auto', 'even', 'first' or a list of a whole number",
         ),
-        (("student.init_layers=[0, 1, 2, 3]",), "student.init_layers: found list [0, 1, 2, 3], allowed:"),
+        (("student.init_layers=[0, 1, 2, 3]",), "student.init_layers: found [0, 1, 2, 3], allowed: numbers from 1"),
+        (("student.init_layers=[1, x]",), "student.init_layers: found str 'x', allowed: a whole number"),
+        (
+            ("student.init_layers=[]",),
+            "student.init_layers: found list [], allowed: 'auto', 'even', 'first' or a list of",
+        ),
         (("quantize.mode=none", "bench.graphs=[int8]"), "bench.graphs asks for int8 graphs, but quantize.mode is none"),
     ],
 )
@@ -404,7 +413,8 @@ def test_columns_that_a_task_lacks_or_has_no_use_for_are_faults(tmp_path: Path):
 
 def test_resolved_recipe_reads_back_equal(tmp_path: Path):
     text = MINIMAL + "bench: {threads: [2, all], graphs: [int8]}\ndistill: {learning_rate: 1e-7}\n"
-    recipe = load(tmp_path, text)
+    recipe = load(tmp_path, text.replace("name: 4L", "name: 4L, init_layers: [1, 2, 4, 6]"))
+    assert recipe.student.init_layers == (1, 2, 4, 6)
     assert load(tmp_path, recipe.to_yaml()) == recipe
     assert yaml.safe_load(recipe.to_yaml())["bench"]["threads"] == [2, "all"]
 

@@ -168,7 +168,7 @@ def test_a_teacher_of_any_family_is_distilled(
         teacher,
         data=load_data(str(data)),
         max_length=32,
-        student=StudentSettings(layers=2, init="teacher"),
+        student=StudentSettings(layers=2, init="teacher", init_layers="even"),
         settings=DistillSettings(epochs=1, batch_size=8, learning_rate=2e-3, beta=0.05, logging_steps=1),
         out=out,
         checkpoints=tmp_path / "checkpoints",

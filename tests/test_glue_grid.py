@@ -157,6 +157,25 @@ def test_settings_are_chosen_on_a_part_of_train(grid) -> None:
     assert set(line["models"]["torch"]) == {"metrics", "agreement", "kl"}
 
 
+def test_the_student_s_settings_are_tried_beside_those_of_training(grid, tmp_path: Path) -> None:
+    import glue_plan
+    import glue_settings
+
+    (plain,) = grid("--tuning")
+    plan = (tmp_path / "plan.yaml").read_text(encoding="utf-8")
+    student = {"init_layers": [1, 3], "fit_layers": "always"}
+    tried = plan.replace(
+        "{variant: emd, beta: 0.5}", "{variant: emd, beta: 0.5, init_layers: [1, 3], fit_layers: always}"
+    )
+    (tmp_path / "plan.yaml").write_text(tried, encoding="utf-8")
+    (cell,) = glue_plan.cells(glue_plan.read_plan(), "tiny", tuning=True)
+    assert (cell.recipe.student.init_layers, cell.recipe.student.fit_layers) == ((1, 3), "always")
+    assert cell.key != plain["key"]
+    settings = glue_settings.distill_settings(cell.recipe.to_dict())
+    assert {name: settings[name] for name in student} == student
+    assert glue_settings.distill_settings(plain["recipe"]) == settings | {"init_layers": "auto", "fit_layers": "auto"}
+
+
 def test_held_out_rows_are_none_of_those_trained_on(grid, tmp_path: Path) -> None:
     import glue_plan
 

@@ -17,7 +17,7 @@ from bertemd_deploy import layer_fit, position_codes
 from bertemd_deploy.capture import LayerReader
 from bertemd_deploy.distill import _make_student
 from bertemd_deploy.encoding import Encoded
-from bertemd_deploy.errors import TrainingError
+from bertemd_deploy.errors import ModelError, TrainingError
 from bertemd_deploy.families import FAMILIES
 from bertemd_deploy.layer_fit import fit_layers
 from bertemd_deploy.models import load_classifier, output_layer
@@ -158,6 +158,7 @@ def test_training_leaves_the_codes_as_they_are(tmp_path: Path) -> None:
 def test_codes_are_coordinates_that_only_positions_write_to(tiny_bert: Callable[..., Path]) -> None:
     folder = tiny_bert("teacher", layers=2, labels=LABELS)
     assert code_coordinates(load_classifier(folder, labels=LABELS)) is None
+    assert code_coordinates(torch.nn.Linear(2, 2)) is None  # no BERT
     carve_codes(folder, [3, 7])
     teacher: Any = load_classifier(folder, labels=LABELS)
     assert code_coordinates(teacher).tolist() == [3, 7]
@@ -185,13 +186,37 @@ def test_codes_are_coordinates_that_only_positions_write_to(tiny_bert: Callable[
     assert {module.p for module in teacher.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
 
 
-def test_a_fitted_student_that_becomes_a_teacher_keeps_its_codes(tmp_path: Path) -> None:
+def test_a_fitted_student_that_becomes_a_teacher_is_copied_with_its_codes(tmp_path: Path) -> None:
     mpnet, encoder = wide_mpnet(tmp_path)
     teacher, _ = copied(mpnet, encoder, 4, rows(300, seed=1))
-    where = code_coordinates(teacher)
-    again, told = copied(teacher, encoder, 3, rows(300, seed=2))
-    assert told == "teacher layers 1, 2, 4, fitted"
-    assert torch.equal(code_coordinates(again), where)
+    again, told = copied(teacher, encoder, 3)
+    assert told == "teacher layers 1, 2, 4"
+    assert torch.equal(code_coordinates(again), code_coordinates(teacher))
+    with pytest.raises(ModelError, match=r"a second fit would lose the positions that they carry\. Leave it at auto"):
+        copied(teacher, encoder, 3, rows(300, seed=2))
+
+
+def test_the_first_layers_are_fitted_where_the_recipe_asks_for_none(tmp_path: Path) -> None:
+    teacher, encoder = wide_mpnet(tmp_path)
+    train, other = rows(600, seed=1), rows(60, seed=2)
+    made: dict[str, Any] = {"settings": DistillSettings(), "kind": "classification"}
+    sizes = {"layers": 2, "hidden": 96, "heads": 4, "intermediate": 128}
+    found = {
+        rule: _make_student(teacher, encoder, train, student=StudentSettings(**sizes, init_layers=rule), **made)
+        for rule in ("auto", "first", "even", (1, 3))
+    }
+    told = {rule: source for rule, (_, _, source) in found.items()}
+    assert told == {
+        "auto": "teacher layers 1, 2, fitted",
+        "first": "teacher layers 1, 2, fitted",
+        "even": "teacher layers 2, 4, fitted",
+        (1, 3): "teacher layers 1, 3, fitted",
+    }
+    far, near = (
+        sum(errors(found[rule][0].student, teacher, layers, other, encoder.pad_id))
+        for rule, layers in (("even", [1, 3]), ("auto", [0, 1]))
+    )
+    assert near < 0.5 * far
 
 
 @pytest.mark.parametrize("kind", ["token-classification", "question-answering"])

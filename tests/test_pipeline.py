@@ -316,11 +316,15 @@ def test_a_stage_that_never_began_is_in_nobodys_way(tmp_path: Path) -> None:
     assert pipeline.stand_alone("distill", out, inputs={"student": "4L"}, force=False, train=train) == {"run": 1}
 
 
-def test_a_student_deeper_than_its_teacher_is_refused_before_any_stage(tiny_task: Task, tmp_path: Path) -> None:
+def test_a_student_of_more_layers_than_there_are_is_refused_before_any_stage(tiny_task: Task, tmp_path: Path) -> None:
     teacher, data = tiny_task()
     deep = recipe(teacher, data, student={"name": None, "layers": 9, "hidden": 16, "heads": 2, "intermediate": 32})
     with pytest.raises(RecipeError, match=r"student: 9 layers, the teacher has \d+; a student is not deeper"):
         pipeline.run(deep, out=tmp_path / "run")
+    sizes = {"name": None, "layers": 2, "hidden": 16, "heads": 2, "intermediate": 32}
+    absent = recipe(teacher, data, student=sizes | {"init_layers": [1, 99]})
+    with pytest.raises(RecipeError, match=r"found \[1, 99\], allowed: 2 different layers of 1 to \d+ of the teacher"):
+        pipeline.run(absent, out=tmp_path / "run")
     assert not (tmp_path / "run" / "finetune.jsonl").exists()
 
 

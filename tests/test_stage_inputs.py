@@ -14,7 +14,7 @@ from tiny_family import write_family
 
 from bertemd_deploy.checkpoints import WEIGHTS
 from bertemd_deploy.config import Recipe, build_recipe
-from bertemd_deploy.errors import ModelError
+from bertemd_deploy.errors import ModelError, RecipeError
 from bertemd_deploy.facts import FACTS, RANGES
 from bertemd_deploy.files import sha256_file, sha256_json
 from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, export_inputs, finetune_inputs, is_same
@@ -226,7 +226,7 @@ def test_fitted_layers_and_whole_scores_are_inputs_where_there_are_any(
     found = distill_inputs(recipe(mpnet), mpnet, SHARED)
     assert found["student"]["fit_layers"] == "codes held"
     assert found["scores"] == "whole"
-    assert found["student"]["init_layers"] == "first"
+    assert found["student"]["init_layers"] == [1, 2]
     never = distill_inputs(recipe(mpnet, student={"fit_layers": "never"}), mpnet, SHARED)
     assert changed_inputs(never, found) == "student.fit_layers"
     content = json.loads((teacher / "config.json").read_text())
@@ -237,20 +237,32 @@ def test_fitted_layers_and_whole_scores_are_inputs_where_there_are_any(
     assert "scores" not in plain | logits_only
 
 
-def test_the_layers_that_are_copied_are_inputs_where_they_are_not_evenly_spaced(teacher: Path, tmp_path: Path) -> None:
+def test_the_layers_that_are_copied_are_inputs_where_they_are_not_evenly_spaced(
+    tiny_bert: Callable[..., Path], tmp_path: Path
+) -> None:
     def inputs(model: Path, **student: Any) -> dict[str, Any]:
         return distill_inputs(recipe(model, student=student), model, SHARED)
 
+    teacher = tiny_bert("of-four", layers=4)
     plain = inputs(teacher)
-    assert inputs(teacher, init_layers="even") == plain
-    assert changed_inputs(plain, inputs(teacher, init_layers="first")) == "student.init_layers"
-    some = inputs(teacher, init_layers=[1, 2])
-    assert changed_inputs(plain, some) == "student.init_layers"
-    assert changed_inputs(json.loads(json.dumps(some)), some) == ""
+    for rule in ("auto", "even", [2, 4]):
+        assert inputs(teacher, init_layers=rule) == plain
+    first = inputs(teacher, init_layers="first")
+    assert changed_inputs(plain, first) == "student.init_layers"
+    assert inputs(teacher, init_layers=[1, 2]) == first
+    assert changed_inputs(json.loads(json.dumps(first)), first) == ""
     assert inputs(teacher, init="random") == plain | {"student": plain["student"] | {"init": "random"}}
     mpnet = write_family(tmp_path / "mpnet", "mpnet")
     assert inputs(mpnet) == inputs(mpnet, init_layers="first")
     assert changed_inputs(inputs(mpnet), inputs(mpnet, init_layers="even")) == "student.init_layers"
+    same, deeper = (str(tiny_bert(f"start-{layers}", layers=layers)) for layers in (2, 3))
+    assert inputs(teacher, init=same, init_layers="first") == inputs(teacher, init=same)
+    assert changed_inputs(inputs(teacher, init=deeper), inputs(teacher, init=deeper, init_layers=[2, 3])) == (
+        "student.init_layers"
+    )
+    for start, layers, of in (("teacher", [1, 5], "4 of the teacher"), (deeper, [1, 4], f"3 of {deeper}")):
+        with pytest.raises(RecipeError, match=re.escape(f"different layers of 1 to {of}, in rising order")):
+            inputs(teacher, init=start, init_layers=layers)
 
 
 def test_changed_inputs_are_named() -> None:

@@ -101,6 +101,19 @@ def test_layers_are_taken_from_where_the_setting_says(tmp_path: Path, tiny_bert:
             assert torch.equal(layer.intermediate.dense.weight, theirs)
 
 
+def test_a_checkpoint_as_deep_as_the_student_gives_all_its_layers(tiny_bert: Callable[..., Path]) -> None:
+    teacher, encoder = bert_teacher(tiny_bert)
+    small = tiny_bert("small", layers=2)
+    made = {"shape": Shape(2, 16, 2, 32), "init": str(small), "seed": 1, "encoder": encoder}
+    plain, told = build_student(teacher, **made)
+    assert told == f"checkpoint {small}"
+    for rule in ("first", "even", (1, 2)):
+        same, _ = build_student(teacher, init_layers=rule, **made)
+        torch.testing.assert_close(same.bert.encoder.state_dict(), plain.bert.encoder.state_dict(), rtol=0, atol=0)
+    with pytest.raises(RecipeError, match="allowed: 2 different layers of 1 to 2 of"):
+        build_student(teacher, init_layers=(2, 3), **made)
+
+
 def test_a_teacher_of_position_scores_lends_its_first_layers(tmp_path: Path) -> None:
     teacher, encoder = family_teacher(tmp_path, "mpnet")
     _, told = build_student(teacher, shape=Shape(2, 16, 2, 32), init="teacher", seed=1, encoder=encoder)
@@ -112,12 +125,12 @@ def test_a_teacher_of_position_scores_lends_its_first_layers(tmp_path: Path) -> 
     assert layer_rule((1, 2), "teacher", mpnet) == (1, 2)
 
 
-@pytest.mark.parametrize("rule", [(1,), (1, 2, 3), (2, 1), (2, 2), (3, 5)])
+@pytest.mark.parametrize("rule", [(1,), (1, 2, 3), (2, 1), (2, 2), (3, 5), (0, 1)])
 def test_layers_that_are_not_there_or_too_many_are_refused(rule: tuple[int, ...]) -> None:
     with pytest.raises(RecipeError) as raised:
         pick_layers(rule, 4, 2, of="the teacher")
     assert str(raised.value) == (
-        f"student.init_layers: found {list(rule)}, allowed: 2 different layers in rising order, from 1 to the 4 of the teacher."
+        f"student.init_layers: found {list(rule)}, allowed: 2 different layers of 1 to 4 of the teacher, in rising order."
     )
 
 
