@@ -146,10 +146,7 @@ def compare_mappings(
     layers = student_shape(recipe.student, check_folder(teacher)).layers
     for variant in variants.values():  # refuse what cannot work before the first student, not after the last but one
         LayerMapping.of(variant.distill, sizes(check_folder(teacher)).layers, layers)
-    shared = {
-        "data": data.sha256,
-        "max_length": max_length,
-    }
+    shared = {"data": data.sha256, "max_length": max_length}
     given = distill_inputs(recipe, teacher, shared)
     given["distill"] = {key: value for key, value in given["distill"].items() if key not in ("mapping", "seed")}
     _claim(out, given=given, force=force)
