@@ -209,7 +209,7 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
 
     def train(work: Any, *, beside: Any) -> dict[str, Any]:
         made_by = {"commit": options.commit}
-        limits = {"max_minutes": minutes_until(deadline)}
+        limits = {"max_minutes": minutes_until(deadline), "fits": options.work / "fits"}
         write = {"beside": lambda folder, record: beside(folder, record | made_by)}
         return stages.distill_stage(recipe, teacher, data, max_length, work, **limits, **write) | made_by
 

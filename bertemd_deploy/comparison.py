@@ -1,6 +1,7 @@
 """Layer mappings side by side: one student per mapping and seed, everything else equal, one table with its uncertainty.
 
-Each student is an ordinary distillation in a folder of its own, resumed or skipped as such. Students are compared in pairs
+Each student is an ordinary distillation in a folder of its own, resumed or skipped as such; where layers are fitted, one fit is
+kept for all of them until the last is done. Students are compared in pairs
 of one seed on the same dev rows:
 
     difference(mapping) = mean over seeds of metric(mapping, seed) - metric(first mapping, seed)
@@ -29,6 +30,7 @@ from bertemd_deploy.evaluate import torch_logits
 from bertemd_deploy.facts import StudentFacts, read_student
 from bertemd_deploy.families import sizes
 from bertemd_deploy.files import claim_folder, read_json, write_json, write_text
+from bertemd_deploy.kept_fits import remove_fits
 from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier
@@ -39,6 +41,7 @@ from bertemd_deploy.students import student_shape
 
 COMPARISON = "comparison.json"
 TABLE = "comparison.md"
+FITS = "fits"
 NOT_SHOWN = "no difference shown"
 _SHOWN_DIGITS = 1e-4  # of a metric in the table
 _FEW_SEEDS = 5
@@ -161,12 +164,20 @@ def compare_mappings(
                 inputs=distill_inputs(variant, teacher, shared),
                 force=force,
                 train=lambda work, variant=variant, **extra: stages.distill_stage(
-                    variant, teacher, data, max_length, work, max_minutes=_minutes_until(deadline), **extra
+                    variant,
+                    teacher,
+                    data,
+                    max_length,
+                    work,
+                    max_minutes=_minutes_until(deadline),
+                    fits=out / FITS,
+                    **extra,
                 ),
             )
     record = _compared(out, records, mappings=mappings, seeds=seeds) | {"given": given}
     write_text(out / TABLE, markdown_table(record))
     write_json(out / COMPARISON, record)
+    remove_fits(out / FITS)
     return record
 
 
@@ -184,6 +195,8 @@ def _variant(recipe: Recipe, mapping: str, seed: int) -> Recipe:
 def _claim(out: Path, *, given: dict[str, Any], force: bool) -> None:
     """Make `out` the folder of this comparison: new, or an earlier one's of the same settings."""
     claim_folder(out, marker=COMPARISON, force=force)
+    if force:
+        remove_fits(out / FITS)
     if (out / COMPARISON).exists() and not force:
         before = read_json(out / COMPARISON, what="comparison").get("given")
         if before != given:

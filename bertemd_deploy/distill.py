@@ -53,6 +53,7 @@ def distill(
     beside: Callable[[Path, dict[str, Any]], None] | None = None,
     max_minutes: float | None = None,
     language_model: Path | None = None,
+    fits: Path | None = None,
 ) -> dict[str, Any]:
     """Distil the teacher into a student and save it to `out`.
 
@@ -69,6 +70,7 @@ def distill(
         log: `distill.jsonl`: losses, flows, marginals, learning rate, tokens/s of every logging step.
         max_minutes: stop after so long, to be continued; None never stops.
         language_model: checkpoint whose masked-LM head writes augmented rows; None takes the teacher's.
+        fits: folder of kept fits (`kept_fits`), for students that share one; None keeps the student's own with its checkpoints.
 
     Returns:
         The record: metrics of teacher and student, layers, steps, best epoch.
@@ -106,7 +108,14 @@ def distill(
     teacher_metrics = check_teacher(teacher_logits, dev, task=data.task, names=data.labels, where=str(teacher_folder))
     note("teacher: dev " + " ".join(f"{name} {value:.4f}" for name, value in teacher_metrics.items()))
     trained, sizes, start = _make_student(
-        teacher, encoder, train.examples, student=student, settings=settings, kind=kind
+        teacher,
+        encoder,
+        train.examples,
+        student=student,
+        settings=settings,
+        kind=kind,
+        fits=fits or checkpoints / "fits",
+        keeps_fits=processes.main,
     )
     note(
         f"student: {sizes['student_layers']} of {sizes['teacher_layers']} layers, from {start}; mapping {settings.mapping}"
@@ -245,6 +254,8 @@ def _make_student(
     student: StudentSettings,
     settings: DistillSettings,
     kind: Kind,
+    fits: Path | None = None,
+    keeps_fits: bool = True,
 ) -> tuple[Distiller, dict[str, int], str]:
     """Return the module to train, the two layer counts, and where the student's weights come from."""
     source: dict[str, Any] = teacher.config.to_dict()  # type: ignore[union-attr, operator]
@@ -259,6 +270,8 @@ def _make_student(
         kind=kind,
         dropout=settings.dropout,
         examples=examples if fits_layers(student.fit_layers, source) else None,
+        fits=fits,
+        keeps_fits=keeps_fits,
     )
     widths = {"student_hidden": int(shape.hidden or 0), "teacher_hidden": theirs.hidden}
     needed = settings.hidden_projection or widths["student_hidden"] != widths["teacher_hidden"]

@@ -20,7 +20,7 @@ from bertemd_deploy.encoding import Encoded, TextEncoder
 from bertemd_deploy.errors import ModelError, RecipeError
 from bertemd_deploy.families import family_of, feed_forward_activation, norm_epsilon, positions, sizes
 from bertemd_deploy.inherit import fill, stored_weights
-from bertemd_deploy.layer_fit import fit_layers
+from bertemd_deploy.kept_fits import fit_or_read
 from bertemd_deploy.mapping import even_layers
 from bertemd_deploy.models import auto_class, read_config
 from bertemd_deploy.position_codes import code_coordinates
@@ -145,6 +145,8 @@ def build_student(
     encoder: TextEncoder,
     kind: Kind = "classification",
     examples: Encoded | None = None,
+    fits: Path | None = None,
+    keeps_fits: bool = True,
     dropout: float | None = None,
 ) -> tuple[nn.Module, str]:
     """Return the student, a BERT in eval mode, and a sentence on where its weights come from.
@@ -158,10 +160,13 @@ def build_student(
         encoder: the teacher's tokenizer, which is the student's.
         kind: of the task; decides which head the student has.
         examples: rows of train on which layers copied from the teacher are fitted (`layer_fit`); None leaves them as copied.
+        fits: folder of kept fits, where one of the same layers, teacher and rows is read in the place of a new one.
+        keeps_fits: whether a new one is written there.
         dropout: of hidden states and attention; None takes the teacher's two.
 
     Raises:
-        TrainingError: what the teacher computes is not finite, so nothing can be fitted to it.
+        TrainingError: what the teacher computes is not finite, so nothing can be fitted to it; or a kept fit is damaged.
+        ArtifactError: the fit could not be written.
         ModelError: the teacher's sizes differ where layers should be copied, or it has parts that no BERT can hold, or a
             checkpoint does not fit, or layers should be fitted to those of a teacher that carry positions themselves.
         RecipeError: `init_layers` names layers that are not there, or too many or few.
@@ -201,9 +206,18 @@ def build_student(
         told = f"teacher layers {_numbers(layers)}"
         if examples is None:
             return student, told
-        fit = fit_layers(
-            student, teacher, examples, layers=layers, pad_id=encoder.pad_id, max_length=encoder.max_length
+        fit, kept = fit_or_read(
+            student,
+            teacher,
+            examples,
+            layers=layers,
+            pad_id=encoder.pad_id,
+            max_length=encoder.max_length,
+            folder=fits,
+            writes=keeps_fits,
         )
+        if kept is not None:
+            note(f"student: the fit of its layers is read from {kept}")
         before, after = (" ".join(f"{value:.3f}" for value in values) for values in (fit.copied, fit.fitted))
         cosines = f"cosine to what the teacher's compute {after}, as copied {before}"
         if not fit.helps:
