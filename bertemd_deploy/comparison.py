@@ -29,7 +29,7 @@ from bertemd_deploy.errors import ArtifactError, ModelError, RecipeError
 from bertemd_deploy.evaluate import torch_logits
 from bertemd_deploy.facts import StudentFacts, read_student
 from bertemd_deploy.families import sizes
-from bertemd_deploy.files import claim_folder, read_json, write_json, write_text
+from bertemd_deploy.files import claim_folder, discard_partial, read_json, write_json, write_text
 from bertemd_deploy.kept_fits import remove_fits
 from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.metrics import evaluate_metrics
@@ -139,7 +139,7 @@ def compare_mappings(
         RecipeError: the recipe does not fit a mapping, or there are several processes.
         UnfinishedError: `max_minutes` are over.
         ArtifactError: `out` holds something else, or students of other settings.
-        ModelError: as `distill.distill`.
+        ModelError, TrainingError: as `distill.distill`.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("--compare: students are compared on one process; distil each by itself on several.")
@@ -197,6 +197,7 @@ def _claim(out: Path, *, given: dict[str, Any], force: bool) -> None:
     claim_folder(out, marker=COMPARISON, force=force)
     if force:
         remove_fits(out / FITS)
+    discard_partial(out / FITS)
     if (out / COMPARISON).exists() and not force:
         before = read_json(out / COMPARISON, what="comparison").get("given")
         if before != given:

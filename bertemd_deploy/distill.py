@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from bertemd_deploy.encoding import Encoded, TextEncoder
 from bertemd_deploy.evaluate import check_teacher, dev_metrics, torch_logits
 from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES, task_facts
 from bertemd_deploy.families import sizes as teacher_sizes
-from bertemd_deploy.files import new_file, sha256_file, write_json
+from bertemd_deploy.files import discard_partial, new_file, sha256_file, write_json
 from bertemd_deploy.kernels import quicken
 from bertemd_deploy.mapping import LayerMapping
 from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
@@ -70,7 +70,7 @@ def distill(
         log: `distill.jsonl`: losses, flows, marginals, learning rate, tokens/s of every logging step.
         max_minutes: stop after so long, to be continued; None never stops.
         language_model: checkpoint whose masked-LM head writes augmented rows; None takes the teacher's.
-        fits: folder of kept fits (`kept_fits`), for students that share one; None keeps the student's own with its checkpoints.
+        fits: folder of kept fits (`kept_fits`) for students that share one, beside the student's own in `checkpoints`.
 
     Returns:
         The record: metrics of teacher and student, layers, steps, best epoch.
@@ -78,7 +78,8 @@ def distill(
     Raises:
         ModelError: teacher or student do not fit the data or each other, or the teacher is refused.
         EmdError: a cost is not finite or the flow cannot be solved.
-        TrainingError: the loss is not finite, memory is short, or another process died.
+        TrainingError: the loss is not finite, memory is short, another process died, or a kept fit is damaged.
+        ArtifactError: the disk refused a write.
         UnfinishedError: `max_minutes` are over.
     """
     processes = join_processes()
@@ -102,6 +103,9 @@ def distill(
             encoder=encoder,
             teacher_folder=language_model or teacher_folder,
         )
+    own_fits = checkpoints / "fits"
+    if processes.main:
+        discard_partial(own_fits)
     device = training_device()
     teacher.to(device).requires_grad_(False)
     teacher_logits = torch_logits(teacher, dev.examples, pad_id=encoder.pad_id, processes=processes)
@@ -114,7 +118,7 @@ def distill(
         student=student,
         settings=settings,
         kind=kind,
-        fits=fits or checkpoints / "fits",
+        fits=[own_fits] if fits is None else [own_fits, fits],
         keeps_fits=processes.main,
     )
     note(
@@ -254,7 +258,7 @@ def _make_student(
     student: StudentSettings,
     settings: DistillSettings,
     kind: Kind,
-    fits: Path | None = None,
+    fits: Sequence[Path] = (),
     keeps_fits: bool = True,
 ) -> tuple[Distiller, dict[str, int], str]:
     """Return the module to train, the two layer counts, and where the student's weights come from."""

@@ -206,7 +206,8 @@ def _run_teacher(teacher: nn.Module, batches: Sequence[_Batch], layers: Sequence
     family, known = family_of(config), known_inputs(config)
     device = next(teacher.parameters()).device
     stack: Any = teacher.get_submodule(f"{family.prefix}.{family.layers}")
-    for each in stack:
+    chunked = [(each, each.chunk_size_feed_forward) for each in stack if hasattr(each, "chunk_size_feed_forward")]
+    for each, _ in chunked:
         each.chunk_size_feed_forward = 0  # the same outputs, for all tokens at once
     query, key, value, _, attention_norm, inner, _, output_norm = family.parts
     squares: dict[tuple[int, str], Tensor] = {}
@@ -234,6 +235,8 @@ def _run_teacher(teacher: nn.Module, batches: Sequence[_Batch], layers: Sequence
             given = {name: values.to(device) for name, values in batch.inputs.items() if name in known}
             embeddings.append(teacher(**given, output_hidden_states=True).hidden_states[0][real].float().cpu())
     finally:
+        for each, chunk in chunked:
+            each.chunk_size_feed_forward = chunk
         for each in hooks:
             each.remove()
     read = torch.zeros_like(embeddings[0][0])

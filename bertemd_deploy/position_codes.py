@@ -11,6 +11,7 @@ Wq^T Wk / sqrt(d) with D added where the codes are
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,8 @@ def hold_codes(model: nn.Module) -> Tensor | None:
     in a layer still changes as far as its norm divides them by what the other coordinates have become. Attention reads codes
     with weights several times the usual: steps of the usual size would blur them, and their gradients would take up what
     `max_grad_norm` leaves to the rest. The embeddings lose their dropout, the one that codes meet.
+
+    Weights with codes elsewhere are no longer loaded into the model: RuntimeError.
     """
     where = code_coordinates(model)
     if where is None:
@@ -129,7 +132,19 @@ def hold_codes(model: nn.Module) -> Tensor | None:
     for module in (*(part.dense for part in _writers(bert)), *_norms(bert)):
         _hold(module.weight, where)
         _hold(module.bias, where)
+    model.register_load_state_dict_post_hook(_check_codes(where))  # type: ignore[no-untyped-call]
     return where
+
+
+def _check_codes(where: Tensor) -> Callable[[nn.Module, Any], None]:
+    """Return a hook that refuses weights whose codes are elsewhere: training would write over them."""
+
+    def check(model: nn.Module, _keys: Any) -> None:
+        found = code_coordinates(model)
+        if found is None or not torch.equal(found, where):
+            raise RuntimeError("its student carries positions in other coordinates than the one that is trained")
+
+    return check
 
 
 def _hold(parameter: nn.Parameter, part: Any) -> None:

@@ -27,7 +27,6 @@ from bertemd_deploy.settings import (
 )
 from bertemd_deploy.targets import resolve
 
-_FIT = "codes held"  # before, training moved the codes, and had no dropout
 _MEMORY = ("micro_batch_size", "teacher_cache_bytes")  # the same result up to rounding and dropout's draws
 _AUGMENTATION = ("augmentation", "augmentation_copies", "augmentation_rate")
 _QUANT_AWARE = ("quant_aware", "quant_aware_epochs")
@@ -181,6 +180,7 @@ def _model_files(folder: Path) -> dict[str, str]:
 
 def _student(settings: StudentSettings, teacher: Mapping[str, Any]) -> dict[str, Any]:
     """Return the student's settings, with `fit_layers` where layers are fitted, `init_layers` where they are not even ones."""
+    from bertemd_deploy.kept_fits import FIT
     from bertemd_deploy.students import fits_layers, start_name, uneven_layers
 
     values = _without(asdict(settings), ("fit_layers", "init_layers"))
@@ -188,7 +188,7 @@ def _student(settings: StudentSettings, teacher: Mapping[str, Any]) -> dict[str,
     if layers is not None:
         values["init_layers"] = [layer + 1 for layer in layers]
     if start_name(settings) == "teacher" and fits_layers(settings.fit_layers, teacher):
-        values["fit_layers"] = _FIT
+        values["fit_layers"] = FIT
     return values
 
 

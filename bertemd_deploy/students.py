@@ -145,7 +145,7 @@ def build_student(
     encoder: TextEncoder,
     kind: Kind = "classification",
     examples: Encoded | None = None,
-    fits: Path | None = None,
+    fits: Sequence[Path] = (),
     keeps_fits: bool = True,
     dropout: float | None = None,
 ) -> tuple[nn.Module, str]:
@@ -160,8 +160,8 @@ def build_student(
         encoder: the teacher's tokenizer, which is the student's.
         kind: of the task; decides which head the student has.
         examples: rows of train on which layers copied from the teacher are fitted (`layer_fit`); None leaves them as copied.
-        fits: folder of kept fits, where one of the same layers, teacher and rows is read in the place of a new one.
-        keeps_fits: whether a new one is written there.
+        fits: folders of kept fits, where one of the same teacher, rows and copied layers is read in the place of a new one.
+        keeps_fits: whether the fit is put where it is not.
         dropout: of hidden states and attention; None takes the teacher's two.
 
     Raises:
@@ -213,7 +213,7 @@ def build_student(
             layers=layers,
             pad_id=encoder.pad_id,
             max_length=encoder.max_length,
-            folder=fits,
+            folders=fits,
             writes=keeps_fits,
         )
         if kept is not None:

@@ -129,18 +129,28 @@ def cache_key(teacher: nn.Module, examples: Encoded, *, max_length: int, precisi
         precision: "float32" or "bfloat16", of matrix products.
         layers: whether more than the logits are kept.
     """
+    source: Any = teacher.config
+    config = {key: value for key, value in source.to_dict().items() if key != "_name_or_path"}
+    known = {"format": FORMAT, "teacher": weights_hash(teacher), "rows": rows_hash(examples), "max_length": max_length}
+    known |= {"precision": precision, "layers": layers, "config": hashlib.sha256(repr(config).encode()).hexdigest()}
+    return sha256_json(known)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's parameters and buffers, with their names."""
     weights = hashlib.sha256()
-    for name, value in sorted(teacher.state_dict().items()):
+    for name, value in sorted(model.state_dict().items()):
         weights.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return weights.hexdigest()
+
+
+def rows_hash(examples: Encoded) -> str:
+    """Return the SHA-256 of encoded rows."""
     rows = hashlib.sha256()
     for array in (examples.tokens, examples.types, examples.offsets):
         rows.update(np.ascontiguousarray(array).data)
-    source: Any = teacher.config
-    config = {key: value for key, value in source.to_dict().items() if key != "_name_or_path"}
-    known = {"format": FORMAT, "teacher": weights.hexdigest(), "rows": rows.hexdigest(), "max_length": max_length}
-    known |= {"precision": precision, "layers": layers, "config": hashlib.sha256(repr(config).encode()).hexdigest()}
-    return sha256_json(known)
+    return rows.hexdigest()
 
 
 class CachedTeacher:

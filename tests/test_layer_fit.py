@@ -507,6 +507,7 @@ def test_pairs_of_a_teacher_without_second_types_and_chunks(tmp_path: Path) -> N
     pairs = Encoded(plain.tokens, (np.arange(len(plain.tokens)) % 2).astype(np.int8), plain.offsets)
     student, _ = copied(teacher, encoder, 2, pairs)
     assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+    assert [layer.chunk_size_feed_forward for layer in teacher.bert.encoder.layer] == [1] * 4  # as before
 
 
 def test_dead_coordinates_carry_codes_in_scale(tmp_path: Path) -> None:
