@@ -1,8 +1,8 @@
 """Kept fits: what a layer fit gave, on disk for a run that goes on after a stop and for the students that share a start.
 
-A fit takes minutes on a CPU and follows from the teacher, the rows and the student as it was copied. Read again it is the same
-to the bit, also on a machine whose own sums would round otherwise. One file holds one fit; its name is the hash of all that
-the fit follows from.
+A fit takes minutes on a CPU and follows from the teacher, the rows and the student as it was copied (a head that starts
+random is its seed's own). Read again it is the same to the bit, also on a machine whose own sums would round otherwise. One
+file holds one fit; its name is the hash of all that the fit follows from.
 """
 
 from __future__ import annotations

