@@ -1,8 +1,7 @@
 """Layer mappings side by side: one student per mapping and seed, everything else equal, one table with its uncertainty.
 
 Each student is an ordinary distillation in a folder of its own, resumed or skipped as such; where layers are fitted, one fit is
-kept for all of them until the last is done. Students are compared in pairs
-of one seed on the same dev rows:
+kept for all of them until the last is done. Students are compared in pairs of one seed on the same dev rows:
 
     difference(mapping) = mean over seeds of metric(mapping, seed) - metric(first mapping, seed)
 
