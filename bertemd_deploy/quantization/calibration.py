@@ -14,7 +14,7 @@ the range. What it holds is therefore the same for ten examples and a million. A
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -249,8 +249,39 @@ def collect(
         raise ExportError(
             f"calibration: the graph has no tensor {', '.join(absent)}. Calibrate the graph to be quantized."
         )
-    examples = examples.select(np.arange(count))
     histograms = {name: Histogram() for name in tensors}
+
+    def visit(name: str, values: NDArray[np.float32], rows: int) -> None:
+        histograms[name].add(values)
+
+    held = observe(model, tensors, examples=examples, pad_id=pad_id, count=count, visit=visit)
+    return Calibration(histograms, count, held + sum(found.counts.nbytes for found in histograms.values()))
+
+
+def observe(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    *,
+    examples: Encoded,
+    pad_id: int,
+    count: int,
+    visit: Callable[[str, NDArray[np.float32], int], None],
+) -> int:
+    """Run an fp32 graph on calibration examples, hand out what its tensors hold; return the most bytes held at once.
+
+    Args:
+        model: as for `collect`.
+        tensors: likewise.
+        examples: likewise.
+        pad_id: likewise.
+        count: rows, 1 to as many as there are.
+        visit: called with a tensor's name, its values of one batch without those of padding, and the batch's rows; raises a
+            ValueError at values that are not finite.
+
+    Raises:
+        ExportError: `visit` found values that are not finite.
+    """
+    examples = examples.select(np.arange(count))
     widths: list[int] = []
     with tempfile.TemporaryDirectory() as folder, progress("calibrate", count) as bar:
         path = Path(folder) / "calibrated.onnx"
@@ -264,7 +295,7 @@ def collect(
             for name, value in zip(tensors, found, strict=True):
                 real = _unpadded(value, inputs["attention_mask"])
                 try:
-                    histograms[name].add(real)
+                    visit(name, real, len(rows))
                 except ValueError as error:
                     raise ExportError(
                         f"calibration: {name} is not finite on a train row of {inputs['input_ids'].shape[1]} tokens or "
@@ -272,8 +303,7 @@ def collect(
                     ) from error
             bar.advance(len(rows))
     tokens = max(TOKENS_AT_ONCE, int(examples.lengths.max()))
-    held = 4 * tokens * (sum(widths) + max(widths, default=0))
-    return Calibration(histograms, count, held + sum(found.counts.nbytes for found in histograms.values()))
+    return 4 * tokens * (sum(widths) + max(widths, default=0))
 
 
 def _with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:

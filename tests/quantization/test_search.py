@@ -124,18 +124,21 @@ def test_static_int8_is_calibrated_by_the_method_that_stays_closest_to_fp32(fuse
     assert kinds["QuantizeLinear"] == 10
     assert kinds.get("DequantizeLinear", 0) == (0 if fused else 20)
     part = labelled(MODEL, 20, seed=1).examples
+    same = sought.model  # with what stands out smoothed
+    assert found.smoothed_activations == histogram(same)["Mul"] - histogram(fp32).get("Mul", 0) > 0
     distances = {}
     for method in METHODS:
-        ranges = calibrate(fp32, activations(fp32), examples=part, pad_id=0, method=method, count=20)
+        ranges = calibrate(same, activations(same), examples=part, pad_id=0, method=method, count=20)
         trained = search(
-            fp32,
+            same,
             tmp_path / "m.onnx",
             max_drop=100,
             fused=fused,
             mode="static",
             trained_ranges=ranges,
         )
-        assert trained.run(tmp_path / "other.onnx", out=tmp_path).method == "training"
+        learnt = trained.run(tmp_path / "other.onnx", out=tmp_path)
+        assert (learnt.method, learnt.smoothed_activations) == ("training", 0)
         distances[method] = distance(tmp_path / "other.onnx", fp32, tmp_path)
     assert found.method == min(distances, key=distances.__getitem__)
     assert distance(tmp_path / "q.onnx", fp32, tmp_path) == distances[found.method]
