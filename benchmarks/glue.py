@@ -221,6 +221,10 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
         with judged_on_train(out, data, max_length) as student:
             stages.export_stage(recipe, student, artifact, force=True)
     measured = measure(out, artifact, teacher)
+    if artifact is not None:
+        measured["int8"] = int8_facts(artifact) | {
+            "commit": options.commit
+        }  # of what exported it, training may be older
     if artifact is not None and not cell.first:  # one of each is kept, to be timed
         shutil.rmtree(artifact)
     distillation = read_student(out).distillation
@@ -250,6 +254,14 @@ def run_cell(cell: Cell, options: argparse.Namespace, *, deadline: float | None)
         "int8_judged_on": "train",
         **measured,
     }
+
+
+def int8_facts(artifact: Path) -> dict[str, Any]:
+    """Return by graph where activations get their scales, how many are smoothed, and which operators stayed in fp32."""
+    from bertemd_deploy.artifact import Artifact
+
+    found = Artifact.load(artifact).manifest["quantization"]
+    return {name: found[name] for name in ("activations", "smoothed_activations", "excluded")}
 
 
 @contextlib.contextmanager

@@ -120,8 +120,8 @@ def read_grid(name: str, plan: Mapping[str, Any], lines: Lines) -> Grid:
 def current(lines: Lines) -> list[Line]:
     """Return the lines that belong together, by seed: of a variant those with the settings of its last finished line.
 
-    Lines are of one task. Left out are those whose teacher or data are set otherwise than in the last finished line of all, and
-    all but the last of a variant's lines of one seed.
+    Lines are of one task. Left out are those whose teacher or data are set otherwise than in the last finished line of all, or
+    whose int8 was made without smoothing and that one's with it, and all but the last of a variant's lines of one seed.
     """
     ordered = sorted(lines, key=lambda line: str(line["finished"]))
     kept = [line for line in ordered if _origin(line) == _origin(ordered[-1])]
@@ -137,7 +137,12 @@ def same_origin(lines: Lines) -> list[Line]:
 
 
 def _origin(line: Line) -> tuple[Any, ...]:
-    return line["recipe"]["teacher"], line["recipe"]["data"], line["held_out"]
+    return line["recipe"]["teacher"], line["recipe"]["data"], line["held_out"], smooths(line)
+
+
+def smooths(line: Line) -> bool:
+    """Say whether the line's int8 was made by an export that smooths what stands out; older ones lose more."""
+    return "smoothed_activations" in line.get("int8", {})
 
 
 def row_values(line: Line, statistic: str, *, model: str = "torch") -> Matrix:

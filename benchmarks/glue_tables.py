@@ -25,6 +25,7 @@ from glue_stats import (
     pooled_mcnemar,
     read_grid,
     retention,
+    smooths,
 )
 from glue_words import NOT_DEFINED, NOT_MEASURED, NOT_RUN, listed, ratio_text, signed, spread, student_words, table
 
@@ -160,8 +161,10 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
             machines = sorted({f"{line['machine']['cpu']}, {line['machine']['cores']} cores" for line in lines})
             hours = sum(float(line["seconds"]) for line in lines) / 3600
             yield f"  Trained on {listed(machines)}, {hours:.1f} hours in all; commit {listed(_of(lines, 'commit'))}."
+            for made in sorted({int8_words(line) for line in lines}):
+                yield f"  {made}"
         if grid.left_out:
-            yield f"  Left out: {grid.left_out} older line(s) of other settings, another teacher or other data."
+            yield f"  Left out: {grid.left_out} older line(s) of other settings, another teacher, other data or int8."
         if other := changed(grid):
             yield f"  Settings that are no longer those of `glue.yaml`: {listed(other)}."
     yield from [
@@ -177,6 +180,13 @@ def _intro(grids: Sequence[Grid], plan: Mapping[str, Any]) -> Iterator[str]:
         for tuning in (" --tuning", "") if "tuning" in entry else ("",):
             yield f"python benchmarks/glue.py --grid {grid.name} --data GLUE --encoder FOLDER{start}{tuning}"
     yield from ["python benchmarks/glue.py --table", "```", "", *_method(grids)]
+
+
+def int8_words(line: Line) -> str:
+    """Return how a line's int8 was made."""
+    if not smooths(line):
+        return "Int8 from before features that stand out were scaled down (smoothed): it loses more than today's."
+    return f"Int8 with smoothing, exported by commit {line['int8']['commit']}."
 
 
 def _of(lines: Lines, name: str) -> list[str]:

@@ -132,6 +132,7 @@ def _quantization(build: Build, settings: QuantizeSettings) -> dict[str, Any]:
         "reduce_range": {graph: trial.weights.reduce_range for graph, trial in chosen.items()},
         "per_channel": {graph: trial.per_channel for graph, trial in chosen.items()},
         "activations": {graph: trial.activations for graph, trial in chosen.items()},
+        "smoothed_activations": {graph: trial.smoothed_activations for graph, trial in chosen.items()},
         **({"method": {graph: trial.method for graph, trial in chosen.items()}} if settings.mode == "static" else {}),
         "operators": {
             graph: [name for name in found[graph] if name not in trial.excluded] for graph, trial in chosen.items()

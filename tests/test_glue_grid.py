@@ -121,6 +121,11 @@ def test_a_line_says_what_was_trained_and_what_came_out(grid, tmp_path: Path) ->
         assert min(model["kls"]) >= 0
     artifact = Artifact.load(tmp_path / "work" / "artifacts" / "tiny-small-emd-seed1")
     assert (len(artifact.evaluation()), emd["int8_judged_on"]) == (emd["train_rows"], "train")
+    quantization = artifact.manifest["quantization"]
+    assert emd["int8"] == {"commit": emd["commit"]} | {
+        name: quantization[name] for name in ("activations", "smoothed_activations", "excluded")
+    }
+    assert set(emd["int8"]["smoothed_activations"]) == {"int8", "fused-int8"}
     (student,) = (tmp_path / "work" / "students").glob("tiny-small-emd-*-seed1")
     assert len(read_student(student).evaluation) == emd["dev_rows"]
     assert emd["models"]["fp32"]["kl"] == pytest.approx(emd["models"]["torch"]["kl"], rel=1e-3)

@@ -286,6 +286,17 @@ def test_lines_of_older_settings_or_another_teacher_are_left_out() -> None:
     assert glue_stats.current([]) == []
 
 
+def test_lines_whose_int8_was_made_otherwise_do_not_stand_beside_each_other(lines, tmp_path) -> None:
+    smoothed = {"int8": {"commit": "ba9876543210", "smoothed_activations": {"int8": 9}}}
+    old, new = line("emd", finished="2026-01-01"), line("emd", seed=2, finished="2026-01-03", **smoothed)
+    assert glue_stats.current([line("uniform", finished="2026-01-02"), new, old]) == [new]
+    assert "Int8 from before features that stand out were scaled down" in write(tmp_path / "old", lines)
+    today = [one | smoothed for one in lines]
+    page = write(tmp_path / "new", today)
+    assert "Int8 with smoothing, exported by commit ba9876543210." in page
+    assert "Int8 from before" not in page
+
+
 def test_bars_that_are_met(lines) -> None:
     for one in lines:
         one["models"]["int8"] = model(156, task=one["task"])  # 0.78 of 0.8: 97.5%

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -73,6 +74,19 @@ def tiny_model(*, outputs: int = 2, seed: int = 0, kind: Kind = "classification"
             head.bias.copy_(torch.zeros(outputs))
             logits = torch_outputs(model, examples(64, longest=min(32, model.config.max_position_embeddings), seed=9))
             head.bias.copy_(-torch.from_numpy(np.median(logits, axis=0)))
+    return model
+
+
+OUTLIER = 3  # a feature
+
+
+def outliers(**given: Any) -> torch.nn.Module:
+    """Return a model of `tiny_model` in which one feature behind every LayerNorm is some twelve times as large as the rest."""
+    model = tiny_model(**given)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "LayerNorm" in name:
+                weight[OUTLIER] *= 12
     return model
 
 

@@ -1,8 +1,9 @@
-"""Calibration: the range of each activation that static int8 spends its 256 steps on. Streamed, torch-free.
+"""Calibration: what an fp32 graph's activations hold, and the range that static int8 spends its 256 steps on. Torch-free.
 
-The fp32 graph runs on calibration examples (of train, never dev), a bounded number of tokens at a time, padding left out.
-Of every tensor only a histogram is kept: 2,048 bins, joined in pairs where a batch goes beyond their bounds, which doubles
-the range. What it holds is therefore the same for ten examples and a million. A range [low, high] holds 0, and is
+The fp32 graph runs on calibration examples (of train, never dev), a bounded number of tokens at a time, padding left out
+(`observe`). For a range only a histogram is kept of every tensor: 2,048 bins, joined in pairs where a batch goes beyond their
+bounds, which doubles the range. What it holds is therefore the same for ten examples and a million. A range [low, high]
+holds 0, and is
 
     minmax      [min, max]
     percentile  what is left after (1 - p) / 2 of the values were cut off at either end
@@ -301,9 +302,15 @@ def observe(
                         f"calibration: {name} is not finite on a train row of {inputs['input_ids'].shape[1]} tokens or "
                         "fewer. Train the student again at a lower learning rate."
                     ) from error
+            del found  # before the next batch makes its own
             bar.advance(len(rows))
     tokens = max(TOKENS_AT_ONCE, int(examples.lengths.max()))
     return 4 * tokens * (sum(widths) + max(widths, default=0))
+
+
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """Return up to `most` of the numbers 0 to `count` - 1, evenly spread."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
 def _with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:

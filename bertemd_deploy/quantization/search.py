@@ -1,12 +1,13 @@
 """The int8 form of a graph that keeps the accuracy: tried from fastest to safest, every trial recorded.
 
 Weights have a scale per column: it takes 1 to 2% more time than one per matrix, and is as a rule nearer to fp32. Features of
-activations that stand out are scaled down first (see `smoothing`), unless ranges were learnt in training. For dynamic int8
-then a scale for each row of activations, which batch mates cannot move; then the most sensitive operators left in fp32.
-A graph whose decisions depend too much on padding and batch mates is passed over like one that loses too much. Judged on the
-evaluation slice; sensitivity, and how static int8 is best calibrated, measured on the calibration slice. Where the target's
-CPUs may add int8 products in 16 bits, weights that could overflow these are judged by what such a CPU would compute as well,
-and safer weights are tried where that loses too much. Torch-free.
+activations that stand out are scaled down first where that brings the logits closer to fp32's (see `smoothing`), unless
+ranges were learnt in training. For dynamic int8 then a scale for each row of activations, which batch mates cannot move; then
+the most sensitive operators left in fp32. A graph whose decisions depend too much on padding and batch mates is passed over
+like one that loses too much. Judged on the evaluation slice; what stands out, sensitivity, and how static int8 is best
+calibrated, measured on the calibration slice. Where the target's CPUs may add int8 products in 16 bits, weights that could
+overflow these are judged by what such a CPU would compute as well, and safer weights are tried where that loses too much.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,7 +31,7 @@ from bertemd_deploy.gate import keep_rejected, score
 from bertemd_deploy.invariance import Invariance
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.onnx_edit import save
-from bertemd_deploy.quantization.calibration import METHODS, Range, collect
+from bertemd_deploy.quantization.calibration import METHODS, Range, collect, spread
 from bertemd_deploy.quantization.dynamic import operators, quantize
 from bertemd_deploy.quantization.padding import copy_first_row
 from bertemd_deploy.quantization.rows import quantize_rows
@@ -53,6 +55,15 @@ class _Form(NamedTuple):
 
     activations: Activations
     per_channel: bool
+
+
+class _Source(NamedTuple):
+    """What int8 is made of: an fp32 graph, what was smoothed in it, and static ranges with the method they are of."""
+
+    graph: onnx.ModelProto
+    smoothed: Sequence[Smoothed] = ()
+    method: str | None = None
+    ranges: Mapping[str, Range] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,8 @@ class Int8Search:
         reference: that metric of the fp32 student.
         max_drop: points (0.01) that it may lose.
         evaluation: examples judged on.
-        calibration: train examples that static ranges and the operators' sensitivity are measured on.
+        calibration: train examples that features which stand out, static ranges and the operators' sensitivity are
+            measured on.
         pad_id: token id of padding.
         label_names: label names by number, for metrics that count by name.
         kind: of the task.
@@ -137,9 +149,7 @@ class Int8Search:
     per_channel: bool = True
     invariance: Callable[[Path, Activations], Invariance] | None = None
     trials: list[Trial] = field(default_factory=list)
-    _smoothed: list[Smoothed] = field(default_factory=list, init=False)
-    _method: str | None = field(default=None, init=False)
-    _ranges: Mapping[str, Range] = field(default_factory=dict, init=False)
+    _source: _Source = field(init=False)
 
     def run(self, path: Path, *, out: Path) -> Trial:
         """Write the first int8 graph that passes to `path`; return its trial.
@@ -149,10 +159,7 @@ class Int8Search:
             ExportError: an activation is not finite, static int8 cannot be calibrated, or a trained range is missing.
         """
         name = path.name
-        if self.trained_ranges is None:
-            self._smooth(name)
-        if self.mode == "static":
-            self._find_ranges(path)
+        self._source = self._choose_source(path)
         for form in self._forms():
             if self._attempts(path, form, excluded=[]):
                 return self.trials[-1]
@@ -186,30 +193,37 @@ class Int8Search:
             return [_Form("fixed", self.per_channel)]
         return [_Form("per-tensor", self.per_channel), _Form("per-row", True)]
 
-    def _smooth(self, name: str) -> None:
-        part = self.calibration.examples
-        self.model, self._smoothed = smooth(self.model, examples=part, pad_id=self.pad_id, per_channel=self.per_channel)
-        if self._smoothed:
-            left = np.median([found.after / found.before for found in self._smoothed])
-            count = f"{len(self._smoothed)} of {len(activations(self.model))} activations smoothed"
-            note(f"{name}: {count}, the error of their int8 products falls to {left:.0%} (median)")
+    def _choose_source(self, path: Path) -> _Source:
+        """Return what int8 is made of: with what stands out smoothed, if that keeps the logits closer to fp32's.
 
-    def _find_ranges(self, path: Path) -> None:
-        """Take the trained ranges, or those of the method that keeps the calibration slice's logits closest to fp32's."""
-        if self.trained_ranges is not None:
-            self._method, self._ranges = "training", self.trained_ranges
-            return
-        part = self.calibration.examples
-        seen = collect(self.model, activations(self.model), examples=part, pad_id=self.pad_id, count=len(part))
+        Learnt ranges belong to the graph as it is; else static ranges are those of the method that keeps them closest.
+        """
+        if self.mode == "static" and self.trained_ranges is not None:
+            return _Source(self.model, method="training", ranges=self.trained_ranges)
         examples, expected = self._fp32_logits(path)
-        errors = {}
-        found = {method: seen.ranges(method) for method in METHODS}
-        for method in METHODS:
-            self._ranges = found[method]
-            self._write(path, self._forms()[-1], excluded=[])
-            errors[method] = self._error(path, examples, expected)
-        self._method = min(errors, key=errors.__getitem__)
-        self._ranges = found[self._method]
+        smoothed, found = smooth(self.model, examples=self.calibration.examples, pad_id=self.pad_id)
+        sources = [*self._calibrated(self.model), *(self._calibrated(smoothed, found) if found else [])]
+        errors = []
+        for source in sources:
+            self._source = source
+            self._write(path, self._forms()[0], excluded=[])
+            errors.append(self._error(path, examples, expected))
+        best = sources[int(np.argmin(errors))]
+        if best.smoothed:
+            left = min(errors) / min(
+                error for source, error in zip(sources, errors, strict=True) if not source.smoothed
+            )
+            count = f"{len(best.smoothed)} of {len(activations(self.model))} activations smoothed"
+            note(f"{path.name}: {count}, the squared error of int8 logits falls to {left:.0%}")
+        return best
+
+    def _calibrated(self, model: onnx.ModelProto, smoothed: Sequence[Smoothed] = ()) -> list[_Source]:
+        """Return a graph with no ranges, or for static int8 with those of each method."""
+        if self.mode == "dynamic":
+            return [_Source(model, smoothed)]
+        part = self.calibration.examples
+        seen = collect(model, activations(model), examples=part, pad_id=self.pad_id, count=len(part))
+        return [_Source(model, smoothed, method, seen.ranges(method)) for method in METHODS]
 
     def _write(self, path: Path, form: _Form, *, excluded: Sequence[str], weights: Weights = FULL) -> onnx.ModelProto:
         chosen: dict[str, Any] = {
@@ -220,11 +234,11 @@ class Int8Search:
             "embedding_bits": self.embedding_bits,
         }
         if self.mode == "static":
-            made = quantize_static(self.model, ranges=self._ranges, **chosen)
+            made = quantize_static(self._source.graph, ranges=self._source.ranges, **chosen)
         elif form.activations == "per-row":
-            made = quantize_rows(self.model, **chosen)
+            made = quantize_rows(self._source.graph, **chosen)
         else:
-            made = copy_first_row(quantize(self.model, **chosen))
+            made = copy_first_row(quantize(self._source.graph, **chosen))
         if weights.weight_type == "uint8":
             made = unsigned(made)
         save(made, path)
@@ -266,13 +280,13 @@ class Int8Search:
                 drop_points=self._drop(metric),
                 passed=passed,
                 mode=self.mode,
-                method=self._method,
+                method=self._source.method,
                 activations=form.activations,
                 changed_decision_share=changed,
                 weights=weights,
                 saturating_metric=saturating,
                 saturated_pairs=pairs,
-                smoothed_activations=len(self._smoothed),
+                smoothed_activations=len(self._source.smoothed),
             )
         )
         return passed
@@ -309,8 +323,8 @@ class Int8Search:
 
     def _fp32_logits(self, path: Path) -> tuple[Encoded, NDArray[np.float32]]:
         """Return some calibration examples, and the fp32 graph's logits of them."""
-        rows = np.arange(min(SENSITIVITY_EXAMPLES, len(self.calibration.examples)))
-        examples = self.calibration.examples.select(rows)
+        part = self.calibration.examples
+        examples = part.select(spread(len(part), SENSITIVITY_EXAMPLES))
         with tempfile.TemporaryDirectory() as folder:
             original = Path(folder) / path.name
             save(self.model, original)

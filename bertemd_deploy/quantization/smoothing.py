@@ -4,12 +4,13 @@
 
 A scale for a whole tensor is stretched by the few features that are ten times as large as the rest behind BERT's LayerNorms
 and Gelus, and leaves the rest a few codes. Weights have a scale per column, and room. Here s is 1 at the median and never
-below: no range grows, whatever the input. The strength a is chosen for each activation, and whether the division pays at
-all, by the error of the int8 product itself on calibration tokens. Graph in, graph out, torch-free; one Mul an activation.
+below, so no range grows. The strength a is chosen for each activation, and whether the division pays at all, by the error of
+the int8 product itself on calibration tokens. Graph in, graph out, torch-free; one Mul an activation, which takes time.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,9 @@ import onnx
 from numpy.typing import NDArray
 
 from bertemd_deploy.encoding import Encoded
+from bertemd_deploy.errors import ExportError
 from bertemd_deploy.onnx_edit import Editor, attribute, tidy
-from bertemd_deploy.quantization.calibration import Range, observe
+from bertemd_deploy.quantization.calibration import Range, observe, spread
 from bertemd_deploy.quantization.dynamic import operators, quantize_weight, weight_of
 
 EXAMPLES = 64  # calibration rows that run
@@ -45,48 +47,45 @@ class Smoothed:
 
 
 class _Seen:
-    """What calibration rows hold in one activation: each feature's bounds, and some tokens, evenly spread over the calls."""
+    """What calibration rows hold in one activation: each feature's bounds, and tokens evenly spread over every batch."""
 
-    def __init__(self, tokens_a_call: int) -> None:
-        self._count = tokens_a_call
+    def __init__(self) -> None:
         self._rows: list[NDArray[np.float32]] = []
-        self.low = self.high = np.zeros(0, dtype=np.float32)
+        self.low: NDArray[np.float32] = np.zeros(1, dtype=np.float32)
+        self.high: NDArray[np.float32] = np.zeros(1, dtype=np.float32)
 
-    def add(self, values: NDArray[np.float32]) -> None:
+    def add(self, values: NDArray[np.float32], *, most: int) -> None:
+        """Take in (..., K) values, at most so many tokens of them as examples; a ValueError where one is not finite."""
         rows = values.reshape(-1, values.shape[-1])
-        low, high = rows.min(axis=0), rows.max(axis=0)
-        if not np.isfinite([low, high]).all():
+        self.low, self.high = np.minimum(self.low, rows.min(axis=0)), np.maximum(self.high, rows.max(axis=0))
+        if not np.isfinite([self.low, self.high]).all():
             raise ValueError("values that are not finite")
-        self.low = np.minimum(self.low, low) if len(self._rows) else np.minimum(low, 0)
-        self.high = np.maximum(self.high, high) if len(self._rows) else np.maximum(high, 0)
-        chosen = np.linspace(0, len(rows) - 1, min(self._count, len(rows))).round().astype(np.int64)
-        self._rows.append(rows[chosen])
+        self._rows.append(rows[spread(len(rows), most)])
 
     def tokens(self) -> NDArray[np.float32]:
         return np.concatenate(self._rows)
 
 
-def smooth(
-    model: onnx.ModelProto, *, examples: Encoded, pad_id: int, per_channel: bool = True
-) -> tuple[onnx.ModelProto, list[Smoothed]]:
+def smooth(model: onnx.ModelProto, *, examples: Encoded, pad_id: int) -> tuple[onnx.ModelProto, list[Smoothed]]:
     """Return a graph that computes the same, whose products lose less in int8, and the activations that it divides.
 
     Args:
         model: portable or fused fp32 graph, tidied; it is left as it is.
-        examples: rows of the train split, 1 or more; the first `EXAMPLES` run.
+        examples: rows of the train split, 1 or more; `EXAMPLES` of them run, evenly spread.
         pad_id: token id of padding.
-        per_channel: weights are to have a scale per column; else one per matrix.
 
     Raises:
-        ExportError: an activation is not finite.
+        ExportError: an activation is not finite, or no product can become int8.
     """
     groups = _groups(model)
-    count = min(EXAMPLES, len(examples))
-    seen: dict[str, _Seen] = {}
-    share = max(1, TOKENS // count)
+    if not groups:
+        raise ExportError("int8: the graph has no product that can become int8. Set quantize.mode to none.")
+    examples = examples.select(spread(len(examples), EXAMPLES))
+    count = len(examples)
+    seen: dict[str, _Seen] = {tensor: _Seen() for tensor in groups}
 
     def visit(tensor: str, values: NDArray[np.float32], rows: int) -> None:
-        seen.setdefault(tensor, _Seen(share * rows)).add(values)
+        seen[tensor].add(values, most=math.ceil(TOKENS * rows / count))
 
     observe(model, list(groups), examples=examples, pad_id=pad_id, count=count, visit=visit)
     result = onnx.ModelProto()
@@ -96,7 +95,7 @@ def smooth(
     scales: dict[str, NDArray[np.float32]] = {}
     for tensor, nodes in groups.items():
         weights = [_weight(editor, node) for node in nodes]
-        best = _best(tensor, seen[tensor], np.concatenate(weights, axis=1), per_channel=per_channel)
+        best = _best(tensor, seen[tensor], np.concatenate(weights, axis=1))
         if best is not None:
             found.append(best[0])
             scales[tensor] = best[1]
@@ -136,13 +135,11 @@ def _weight(editor: Editor, node: onnx.NodeProto) -> NDArray[np.float32]:
     return weight
 
 
-def _best(
-    tensor: str, seen: _Seen, weight: NDArray[np.float32], *, per_channel: bool
-) -> tuple[Smoothed, NDArray[np.float32]] | None:
+def _best(tensor: str, seen: _Seen, weight: NDArray[np.float32]) -> tuple[Smoothed, NDArray[np.float32]] | None:
     """Return what to divide an activation by, (K,), or None where that gains too little."""
     tokens = seen.tokens()
     exact = tokens @ weight
-    power = float(np.square(exact).mean())
+    power = float(np.square(exact, dtype=np.float64).mean())
     largest = np.maximum(seen.high, -seen.low)
     middle = float(np.median(largest))
     if not power or not middle:
@@ -152,8 +149,9 @@ def _best(
         bounds = Range(float((seen.low / scale).min()), float((seen.high / scale).max()))
         step, zero = bounds.parameters
         codes = np.clip(np.rint(tokens / (scale * step)) + np.float32(zero), 0, 255) - np.float32(zero)
-        columns, steps = quantize_weight(weight * scale[:, None], per_channel=per_channel)
-        return float(np.square((codes @ columns.astype(np.float32)) * (step * steps) - exact).mean()) / power
+        columns, steps = quantize_weight(weight * scale[:, None], per_channel=True)
+        lost = (codes @ columns.astype(np.float32)) * (step * steps) - exact
+        return float(np.square(lost, dtype=np.float64).mean()) / power
 
     before = error(np.ones_like(largest))
     tried = []
@@ -161,7 +159,7 @@ def _best(
         scale = _scale(largest, np.abs(weight).max(axis=1), strength=strength, middle=middle)
         tried.append((error(scale), strength, scale))
     after, strength, scale = min(tried, key=lambda entry: entry[0])
-    if after * LEAST_GAIN > before:
+    if not 0 < after * LEAST_GAIN <= before:  # nor where one is not a number
         return None
     return Smoothed(tensor, strength, before, after), scale
 

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny_student import labelled, shifted, tiny_model
+from tiny_student import labelled, outliers, shifted, tiny_model
 from transformers import BertForSequenceClassification
 
 from bertemd_deploy.bert_graph import fusable_graph, portable_graph
@@ -17,8 +17,10 @@ from bertemd_deploy.gate import score
 from bertemd_deploy.invariance import Invariance, bound_of, measure_invariance
 from bertemd_deploy.onnx_edit import histogram, save
 from bertemd_deploy.quantization.calibration import METHODS, calibrate
-from bertemd_deploy.quantization.dynamic import operators
+from bertemd_deploy.quantization.dynamic import operators, quantize
+from bertemd_deploy.quantization.padding import copy_first_row
 from bertemd_deploy.quantization.search import EXCLUSIONS, Activations, Int8Search
+from bertemd_deploy.quantization.smoothing import smooth
 from bertemd_deploy.quantization.static import activations
 from bertemd_deploy.runtime import open_session, predict_logits
 
@@ -124,24 +126,39 @@ def test_static_int8_is_calibrated_by_the_method_that_stays_closest_to_fp32(fuse
     assert kinds["QuantizeLinear"] == 10
     assert kinds.get("DequantizeLinear", 0) == (0 if fused else 20)
     part = labelled(MODEL, 20, seed=1).examples
-    same = sought.model  # with what stands out smoothed
-    assert found.smoothed_activations == histogram(same)["Mul"] - histogram(fp32).get("Mul", 0) > 0
     distances = {}
+    smoothed, divided = smooth(fp32, examples=part, pad_id=0)
+    assert divided
     for method in METHODS:
-        ranges = calibrate(same, activations(same), examples=part, pad_id=0, method=method, count=20)
-        trained = search(
-            same,
-            tmp_path / "m.onnx",
-            max_drop=100,
-            fused=fused,
-            mode="static",
-            trained_ranges=ranges,
+        for graph, count in ((fp32, 0), (smoothed, len(divided))):
+            ranges = calibrate(graph, activations(graph), examples=part, pad_id=0, method=method, count=20)
+            trained = search(
+                graph, tmp_path / "m.onnx", max_drop=100, fused=fused, mode="static", trained_ranges=ranges
+            )
+            learnt = trained.run(tmp_path / "other.onnx", out=tmp_path)
+            assert (learnt.method, learnt.smoothed_activations) == ("training", 0)
+            distances[method, count] = distance(tmp_path / "other.onnx", fp32, tmp_path)
+    chosen = found.method, found.smoothed_activations
+    assert chosen == min(distances, key=distances.__getitem__)
+    assert distance(tmp_path / "q.onnx", fp32, tmp_path) == distances[chosen]
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_what_stands_out_is_smoothed_where_that_keeps_int8_closer(mode: str, tmp_path: Path) -> None:
+    fp32 = portable_graph(outliers(), exporter="torchscript", opset=17)
+    sought = search(fp32, tmp_path / "m.onnx", max_drop=50, model=outliers(), mode=mode)
+    before = fp32.SerializeToString()
+    found = sought.run(tmp_path / "q.onnx", out=tmp_path)
+    again = sought.run(tmp_path / "again.onnx", out=tmp_path)
+    assert found.smoothed_activations == again.smoothed_activations > 0
+    assert fp32.SerializeToString() == before
+    part = labelled(outliers(), 20, seed=1).examples
+    if mode == "dynamic":
+        save(copy_first_row(quantize(fp32, fused=False, per_channel=True)), tmp_path / "plain.onnx")
+        expected, plain, chosen = (
+            predict_logits(open_session(tmp_path / name), part, pad_id=0) for name in ("m.onnx", "plain.onnx", "q.onnx")
         )
-        learnt = trained.run(tmp_path / "other.onnx", out=tmp_path)
-        assert (learnt.method, learnt.smoothed_activations) == ("training", 0)
-        distances[method] = distance(tmp_path / "other.onnx", fp32, tmp_path)
-    assert found.method == min(distances, key=distances.__getitem__)
-    assert distance(tmp_path / "q.onnx", fp32, tmp_path) == distances[found.method]
+        assert np.square(chosen - expected).mean() * 2 < np.square(plain - expected).mean()
 
 
 def test_static_trials_go_the_same_way_as_dynamic_ones(tmp_path: Path) -> None:
