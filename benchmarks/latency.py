@@ -2,7 +2,8 @@
 
     python benchmarks/latency.py --teacher bert-base --student 4L-312 --out benchmarks/latency-4l.json
 
-Weights are random: latency does not depend on them. Every engine runs in a process of its own, started before the first
+Weights are random: but for activations that trained students have smoothed (`smoothing.py`), latency does not depend on
+them. Every engine runs in a process of its own, started before the first
 round; only one computes at a time, and the engines take turns in every round, so that drift of the machine hits all alike.
 A ratio is the median over rounds of teacher time / engine time in the same round, with a bootstrap interval over rounds.
 The peer is built from the graph ONNX Runtime's optimizer fuses completely, which is its best case.
