@@ -120,7 +120,9 @@ def timed(student: str, graphs: Mapping[str, Path], sequence: int, options: argp
     engines = {name: ["onnx", str(graphs[name])] for name in FORMS}
     settings = {"teacher": student, "student": student, "batch": 1, "sequence": sequence}
     chosen = argparse.Namespace(**settings, threads=options.threads, rounds=options.rounds)
-    return latency.measure(engines, options=chosen)
+    found = latency.measure(engines, options=chosen)
+    turns = {name: [[round(ms, 3) for ms in turn] for turn in taken] for name, taken in found["latency_ms"].items()}
+    return found | {"latency_ms": turns}
 
 
 def print_table(record: Mapping[str, Any]) -> None:
