@@ -21,6 +21,16 @@ from bertemd_deploy.files import sha256_json
 PLAN = Path(__file__).with_name("glue.yaml")
 ROWS_SEED = 20201116  # any fixed number: the same rows are held out for every setting, and judge every int8 graph
 OF_STUDENT = ("fit_layers", "init_layers")  # of a mapping's settings, what belongs to the student's section
+# What a plan does not set, as published, whatever the tool's own defaults are: they may change, a record does not.
+PUBLISHED = {
+    "epochs": 10,
+    "learning_rate": 2e-5,
+    "beta": 0.005,
+    "marginal_momentum": 0.0,
+    "transported_mass": 1.0,
+    "mapped_layers": "all",
+    "cost_scale": "absolute",
+}
 GATE_ROWS = 400  # of train, on which the form of int8 is chosen
 
 
@@ -82,9 +92,10 @@ def key_of(grid: str, variant: str, recipe: Recipe, *, held_out: float) -> str:
 
 
 def _given(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Return what is set otherwise than by default, so that a setting added later changes nothing."""
+    """Return what is set otherwise than as published or by default, so that a setting added later changes nothing."""
     content = recipe.to_dict()
     plain = {name: dataclasses.asdict(type(getattr(recipe, name))()) for name in sections}
+    plain["distill"] = plain.get("distill", {}) | PUBLISHED
     return {
         name: {key: value for key, value in content[name].items() if value != plain[name][key]} for name in sections
     }
@@ -93,7 +104,8 @@ def _given(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, dict[str, Any
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a results file, with the recipes and keys they have today; none where there is no file.
 
-    Settings that are newer than a line have their defaults; a line of settings that are gone keeps its key, which is no cell's.
+    Settings that are newer than a line are as published, or by default; a line of settings that are gone keeps its key,
+    which is no cell's.
     What a killed process left of a line is not read.
     """
     if not path.exists():
@@ -103,7 +115,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         lines = [json.loads(text) for text in file if is_whole(text)]
     for line in lines:
         with contextlib.suppress(RecipeError):
-            recipe = build_recipe(line["recipe"], where=str(path))
+            content = line["recipe"] | {"distill": PUBLISHED | line["recipe"].get("distill", {})}
+            recipe = build_recipe(content, where=str(path))
             line["recipe"] = recipe.to_dict()
             line["key"] = key_of(line["grid"], line["variant"], recipe, held_out=line["held_out"])
     return lines
@@ -156,7 +169,7 @@ def _cell(
     variant = str(setting["variant"])
     tried = {name: value for name, value in setting.items() if name not in ("variant", *OF_STUDENT)}
     student = {name: setting[name] for name in OF_STUDENT if name in setting}
-    base = own["distill"] | entry["variants"][variant]
+    base = PUBLISHED | own["distill"] | entry["variants"][variant]
     content = {
         "teacher": {"model": entry["encoder"]} | own["teacher"],
         "data": {"path": task, "task": task} | own.get("data", {}),

@@ -123,7 +123,9 @@ class OurStep:
     ) -> None:
         """Take models that share nothing with another step: hooks on them stay."""
         config: tuple[Any, Any] = (teacher.config, trained.student.config)
-        settings = DistillSettings(mapping=mapping, beta=BETA, reduction="element", precision=precision)
+        settings = DistillSettings(
+            mapping=mapping, beta=BETA, reduction="element", cost_scale="absolute", precision=precision
+        )
         schedule = training.Schedule(1, 1, LEARNING_RATE, 0.0, WEIGHT_DECAY, seed=0)
         teacher.requires_grad_(False)
         quicken(trained.student)

@@ -36,7 +36,7 @@ from bertemd_deploy.models import load_classifier
 from bertemd_deploy.resampling import RESAMPLES, bootstrap, metric_of_units
 from bertemd_deploy.settings import MAPPINGS
 from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs
-from bertemd_deploy.students import student_shape
+from bertemd_deploy.students import copies_layers, student_shape
 
 COMPARISON = "comparison.json"
 TABLE = "comparison.md"
@@ -145,9 +145,10 @@ def compare_mappings(
     seeds = tuple(seeds) or (recipe.distill.seed,)
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     variants = {(name, seed): _variant(recipe, name, seed) for name in mappings for seed in seeds}
-    layers = student_shape(recipe.student, check_folder(teacher)).layers
+    config = check_folder(teacher)
+    layers, copied = student_shape(recipe.student, config).layers, copies_layers(recipe.student, config)
     for variant in variants.values():  # refuse what cannot work before the first student, not after the last but one
-        LayerMapping.of(variant.distill, sizes(check_folder(teacher)).layers, layers)
+        LayerMapping.of(variant.distill, sizes(config).layers, layers, copied=copied)
     shared = {"data": data.sha256, "max_length": max_length}
     given = distill_inputs(recipe, teacher, shared)
     given["distill"] = {key: value for key, value in given["distill"].items() if key not in ("mapping", "seed")}

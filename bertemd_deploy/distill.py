@@ -30,7 +30,7 @@ from bertemd_deploy.objective import Distiller, Objective
 from bertemd_deploy.position_codes import hold_codes
 from bertemd_deploy.processes import join_processes
 from bertemd_deploy.settings import DistillSettings, StudentSettings
-from bertemd_deploy.students import build_student, fits_layers, student_shape
+from bertemd_deploy.students import build_student, copies_layers, fits_layers, student_shape
 from bertemd_deploy.tasks import Kind
 from bertemd_deploy.teacher_cache import CachedTeacher, cache_key
 from bertemd_deploy.training import Schedule, fit
@@ -121,8 +121,10 @@ def distill(
         fits=[own_fits] if fits is None else [own_fits, fits],
         keeps_fits=processes.main,
     )
+    copied = copies_layers(student, teacher.config.to_dict())  # type: ignore[union-attr, operator]
+    mapping = LayerMapping.of(settings, sizes["teacher_layers"], sizes["student_layers"], copied=copied)
     note(
-        f"student: {sizes['student_layers']} of {sizes['teacher_layers']} layers, from {start}; mapping {settings.mapping}"
+        f"student: {sizes['student_layers']} of {sizes['teacher_layers']} layers, from {start}; mapping {mapping.told}"
     )
     trained.to(device)
     processes.follow_main(trained)
@@ -133,7 +135,6 @@ def distill(
         from bertemd_deploy.quantization.aware import prepare
 
         aware = prepare(trained.student, first_step=(first_aware - 1) * math.ceil(len(train) / settings.batch_size))
-    mapping = LayerMapping.of(settings, sizes["teacher_layers"], sizes["student_layers"])
     bfloat16 = trains_in_bfloat16(settings.precision)
     if bfloat16:
         keep_products_in_bfloat16(teacher)

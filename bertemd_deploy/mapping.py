@@ -12,7 +12,7 @@ Marginals are state of the training run: saved in every checkpoint, logged, neve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,12 +73,19 @@ class LayerMapping:
         self.marginals = dict.fromkeys(SIDES, start)
 
     @classmethod
-    def of(cls, settings: DistillSettings, teacher_layers: int, student_layers: int) -> LayerMapping:
+    def of(cls, settings: DistillSettings, teacher_layers: int, student_layers: int, *, copied: bool) -> LayerMapping:
         """Return the mapping that the settings ask for, with uniform marginals.
+
+        Args:
+            settings: of the distillation.
+            teacher_layers: M.
+            student_layers: N.
+            copied: as in `flow_settings`.
 
         Raises:
             RecipeError: it leaves a one-layer student nothing to learn.
         """
+        settings = flow_settings(settings, teacher_layers, student_layers, copied=copied)
         return cls(
             settings.mapping,
             teacher_layers,
@@ -87,7 +94,7 @@ class LayerMapping:
             temperature=settings.emd_temperature,
             separate=settings.separate_marginals,
             momentum=settings.marginal_momentum,
-            mass=settings.transported_mass,
+            mass=settings.transported_mass or 1.0,
             intermediate=settings.mapped_layers == "intermediate",
         )
 
@@ -100,6 +107,13 @@ class LayerMapping:
     def left_out(self) -> int:
         """How many of either model's layers, from the last, no flow reaches: 1 where flows are solved between the others."""
         return int(self.intermediate and self.solves)
+
+    @property
+    def told(self) -> str:
+        """The mapping in words."""
+        parts = [f"{self.mass:.3g} of the mass"] if self.mass < 1 else []
+        parts += ["the last layers left out"] if self.left_out else []
+        return f"{self.kind} ({', '.join(parts)})" if self.solves and parts else self.kind
 
     @property
     def rows(self) -> list[int]:
@@ -180,6 +194,31 @@ class LayerMapping:
         """Return the last step's flows and the marginals that follow from them, as plain lists."""
         flows = {f"{side}_flow": flow.tolist() for side, flow in self.flows.items()}
         return flows | {name: weights.tolist() for name, weights in self.state().items()}
+
+
+def flow_settings(
+    settings: DistillSettings, teacher_layers: int, student_layers: int, *, copied: bool
+) -> DistillSettings:
+    """Return the settings with `mapped_layers` and `transported_mass` as they come to for M teacher and N student layers.
+
+    A layer that was copied resembles the one it was copied from from the start, so that most is learnt from that one: of M'
+    and N' layers in the flow, a mass of N' / M' lets every student layer take its share from one of them. Other students
+    have no such layer, and learn from all.
+
+    Args:
+        settings: of the distillation.
+        teacher_layers: M.
+        student_layers: N.
+        copied: whether the student's layers are copies of the teacher's, not fitted ones and not from elsewhere.
+    """
+    mapped, mass = settings.mapped_layers, settings.transported_mass
+    if mapped == "auto":
+        mapped = "intermediate" if copied and student_layers > 1 else "all"
+    if mass is None:
+        left_out = int(mapped == "intermediate")
+        pairs = (student_layers - left_out) / max(teacher_layers - left_out, 1)
+        mass = min(pairs, 1.0) if copied and pairs > 0 else 1.0
+    return replace(settings, mapped_layers=mapped, transported_mass=mass)
 
 
 def even_layers(teacher_layers: int, student_layers: int) -> list[int]:

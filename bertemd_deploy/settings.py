@@ -16,7 +16,7 @@ KeepEpoch = Literal["best", "last"]
 FitLayers = Literal["auto", "always", "never"]
 InitLayers = Literal["auto", "even", "first"] | tuple[int, ...]
 CostScale = Literal["absolute", "relative"]
-MappedLayers = Literal["all", "intermediate"]
+MappedLayers = Literal["auto", "all", "intermediate"]
 STUDENT_NAMES = ("4L-312", "6L-768", "4L", "6L")
 MAPPINGS: tuple[str, ...] = typing.get_args(Mapping)
 
@@ -113,19 +113,24 @@ class DistillSettings:
 
     Attributes:
         mapping: which teacher layers a student layer learns from.
-        beta, theta, alpha: weights of the total loss, L = beta (theta (EMD_H + EMD_A) + L_emb) + L_pred.
+        beta, theta, alpha: weights of the total loss, L = beta (theta (EMD_H + EMD_A) + L_emb) + L_pred. The published beta
+            (0.001 and 0.005) belongs to the published cost_scale and reduction.
         temperature: tau_kd of the prediction loss.
         reduction: "batch" sums over classes and takes the mean over the batch; "element" is the mean over both, to
             which the published beta belongs.
         cost_attention: form of the marginals' update; emd_temperature (T_emd) belongs to "softmax".
-        marginal_momentum: share of the marginals that a step keeps; 0 replaces them at every step, as published.
+        marginal_momentum: share of the marginals that a step keeps; 0 replaces them at every step, as published, and lets
+            them swing.
         separate_marginals: keep attention and hidden marginals apart instead of averaging them.
         transported_mass: share of the teacher layers' mass that a flow moves; 1 moves all, as published. With less, every
-            student layer still learns its share, and teacher layers that none of them resembles are left alone.
+            student layer still learns its share, and teacher layers that none of them resembles are left alone. null moves
+            N' / M' of it, for N' student and M' teacher layers in the flow, where the student's layers are copies of
+            the teacher's, and all of it where they are fitted or come from elsewhere (`LayerMapping.of`).
         mapped_layers: "all", as published, or "intermediate": the last layers of both models, which the prediction loss
             serves, are left out of the flow (`emd` and `emd-fixed`; `skip` and `last` leave the student's out anyway).
+            "auto" leaves them out where the student's layers, two or more, are copies of the teacher's.
         cost_scale: "absolute", as published, or "relative" to the mean square of the teacher layer, which weighs attention
-            and hidden states, and early and late layers, alike.
+            and hidden states, and early and late layers, alike, and lets one beta do for teachers of any scale.
         dropout: of the student's hidden states and attention; null takes the teacher's.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
         precision: of matrix products in training, as in `TeacherSettings`.
@@ -151,18 +156,18 @@ class DistillSettings:
     warmup_ratio: float = bounded(0.1, 0, 1)
     weight_decay: float = bounded(0.01, 0, 1)
     max_grad_norm: float = bounded(1.0, 0, above=True)
-    beta: float = bounded(0.005, 0)
+    beta: float = bounded(16.0, 0)
     theta: float = bounded(1.0, 0)
     alpha: float = bounded(1.0, 0, 1)
     temperature: float = bounded(1.0, 0, 100, above=True)
     reduction: Literal["batch", "element"] = "batch"
     cost_attention: Literal["ratio", "softmax"] = "ratio"
     emd_temperature: float = bounded(1.0, 0, above=True)
-    marginal_momentum: float = bounded(0.0, 0, 0.999)
+    marginal_momentum: float = bounded(0.9, 0, 0.999)
     separate_marginals: bool = False
-    transported_mass: float = bounded(1.0, 0.05, 1)
-    mapped_layers: MappedLayers = "all"
-    cost_scale: CostScale = "absolute"
+    transported_mass: float | None = bounded(None, 0.05, 1)
+    mapped_layers: MappedLayers = "auto"
+    cost_scale: CostScale = "relative"
     dropout: float | None = bounded(None, 0, 0.9)
     hidden_projection: bool = False
     micro_batch_size: int | None = bounded(None, 1, 4096)

@@ -15,7 +15,7 @@ from typing import Any
 from bertemd_deploy.checkpoints import WEIGHTS, check_folder, find_model
 from bertemd_deploy.config import Recipe
 from bertemd_deploy.facts import FACTS, RANGES
-from bertemd_deploy.families import family_of
+from bertemd_deploy.families import family_of, sizes
 from bertemd_deploy.files import sha256_file, sha256_json
 from bertemd_deploy.settings import (
     DistillSettings,
@@ -73,6 +73,9 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
         ModelError: a checkpoint that the student starts from is not found.
         RecipeError: the student's sizes or layers do not fit the teacher.
     """
+    from bertemd_deploy.mapping import flow_settings
+    from bertemd_deploy.students import copies_layers, student_shape
+
     plain = DistillSettings()
     settings = replace(
         recipe.distill,
@@ -86,6 +89,8 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
     unused += () if settings.mapping in ("emd", "emd-fixed") else ("transported_mass", "mapped_layers")
     unused += ("cost_scale",) if settings.mapping == "none" else ()
     config = check_folder(teacher)
+    layers, copied = student_shape(recipe.student, config).layers, copies_layers(recipe.student, config)
+    settings = flow_settings(settings, sizes(config).layers, layers, copied=copied)
     inputs = dict(shared) | {
         "teacher": sha256_file(teacher / WEIGHTS),
         "model_files": _model_files(teacher),

@@ -92,6 +92,11 @@ def start_name(settings: StudentSettings) -> str:
     return STUDENTS[settings.name].start if settings.name in STUDENTS else "teacher"
 
 
+def copies_layers(settings: StudentSettings, teacher: Mapping[str, Any]) -> bool:
+    """Say whether a student's layers are copies of the teacher's as they are, neither fitted nor from elsewhere."""
+    return start_name(settings) == "teacher" and not fits_layers(settings.fit_layers, teacher)
+
+
 def uneven_layers(settings: StudentSettings, teacher: Mapping[str, Any]) -> list[int] | None:
     """Return which layers a student is copied from, 0-based, where they are not evenly spaced ones; else None.
 

@@ -121,7 +121,7 @@ def test_the_last_epoch_is_kept_where_that_is_asked_for(tiny_task: Task, tmp_pat
 def test_marginals_move_with_emd_alone(tiny_task: Task, tmp_path: Path) -> None:
     teacher, data = tiny_task()
     for mapping, moves in (("emd", True), ("emd-fixed", False)):
-        train(teacher, data, tmp_path / mapping, mapping=mapping, epochs=1)
+        train(teacher, data, tmp_path / mapping, mapping=mapping, mapped_layers="all", epochs=1)
         weights = np.array(steps(tmp_path / mapping)[-1]["hidden_teacher"])
         np.testing.assert_allclose(weights.sum(), 1.0)
         assert np.allclose(weights, 0.25) is not moves

@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from bertemd_deploy.emd import cost_attention, emd_loss, solve_flow, uniform_weights
 from bertemd_deploy.errors import EmdError, RecipeError
-from bertemd_deploy.mapping import SIDES, LayerMapping, even_layers, fixed_flow
-from bertemd_deploy.settings import MAPPINGS
+from bertemd_deploy.mapping import SIDES, LayerMapping, even_layers, fixed_flow, flow_settings
+from bertemd_deploy.settings import MAPPINGS, DistillSettings
 
 ATTENTION = torch.tensor([[1.0, 3.0], [2.0, 1.0], [4.0, 0.5]])
 HIDDEN = torch.tensor([[2.0, 1.0], [1.0, 5.0], [3.0, 3.0]])
@@ -171,6 +171,54 @@ def test_other_mappings_do_not_care_for_intermediate_layers():
 def test_intermediate_layers_need_two_layers():
     with pytest.raises(RecipeError, match="intermediate needs a student of at least 2 layers"):
         LayerMapping("emd", 4, 1, intermediate=True)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "students", "copied", "expected"),
+    [
+        (12, 6, True, ("intermediate", 5 / 11)),
+        (6, 4, True, ("intermediate", 0.6)),
+        (4, 4, True, ("intermediate", 1.0)),
+        (12, 1, True, ("all", 1 / 12)),
+        (1, 1, True, ("all", 1.0)),
+        (12, 6, False, ("all", 1.0)),
+        (12, 1, False, ("all", 1.0)),
+    ],
+)
+def test_flow_settings_left_to_the_start_of_the_student(teachers, students, copied, expected):
+    settings = flow_settings(DistillSettings(), teachers, students, copied=copied)
+    assert (settings.mapped_layers, settings.transported_mass) == expected
+    mapping = LayerMapping.of(DistillSettings(), teachers, students, copied=copied)
+    assert (mapping.left_out, mapping.mass) == (int(expected[0] == "intermediate"), expected[1])
+
+
+def test_flow_settings_that_are_given_stay():
+    given = DistillSettings(mapped_layers="all", transported_mass=0.3)
+    assert flow_settings(given, 12, 6, copied=True) == given
+    assert flow_settings(DistillSettings(mapped_layers="all"), 12, 6, copied=True).transported_mass == 0.5
+    assert flow_settings(DistillSettings(mapped_layers="intermediate"), 12, 6, copied=False).transported_mass == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "copied", "told"),
+    [
+        ("emd", True, "emd (0.455 of the mass, the last layers left out)"),
+        ("emd-fixed", True, "emd-fixed (0.455 of the mass, the last layers left out)"),
+        ("emd", False, "emd"),
+        ("uniform", True, "uniform"),
+    ],
+)
+def test_mapping_in_words(kind, copied, told):
+    assert LayerMapping.of(DistillSettings(mapping=kind), 12, 6, copied=copied).told == told
+
+
+def test_with_the_mass_of_the_student_s_layers_each_learns_from_the_nearest_alone():
+    costs = torch.full((2, 6, 4), 1.0)
+    for student, teacher in enumerate((0, 2, 3)):
+        costs[:, teacher, student] = 0.1
+    mapping = LayerMapping.of(DistillSettings(mapping="emd-fixed"), 6, 4, copied=True)
+    for flow in mapping.step(costs[:, mapping.rows][:, :, mapping.columns]).values():
+        assert pairs(flow) == [(0, 0), (2, 1), (3, 2)]
 
 
 def test_resumed_mapping_goes_on_as_the_first_would_have():

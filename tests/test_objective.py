@@ -30,7 +30,8 @@ def outputs(kind: Kind) -> int:
 
 def build(kind: Kind = "classification", *, dropout: float = 0.0, **settings: Any) -> Objective:
     """Return the objective of a 4-layer teacher and a 2-layer student of the same width."""
-    given = DistillSettings(**({"beta": 0.5, "alpha": 0.7} | settings))
+    plain = {"beta": 0.5, "alpha": 0.7, "cost_scale": "absolute", "mapped_layers": "all", "marginal_momentum": 0.0}
+    given = DistillSettings(**(plain | settings))
     teacher = tiny_model(outputs=outputs(kind), kind=kind, num_hidden_layers=4).requires_grad_(False)
     student = tiny_model(
         outputs=outputs(kind),
@@ -40,7 +41,7 @@ def build(kind: Kind = "classification", *, dropout: float = 0.0, **settings: An
         attention_probs_dropout_prob=dropout,
     )
     trained = Distiller(student, student_hidden=32, teacher_hidden=32, project=given.mapping != "none", seed=0)
-    mapping = LayerMapping.of(given, 4, 2)
+    mapping = LayerMapping.of(given, 4, 2, copied=False)
     trained.train()
     return Objective(teacher, trained, mapping, given, kind=kind)
 
@@ -101,7 +102,9 @@ def test_a_teacher_that_adds_positions_to_its_scores_is_compared_with_them() -> 
     settings = DistillSettings(mapping="emd")
     student = tiny_model(outputs=2, hidden_size=16, num_attention_heads=2, intermediate_size=32)
     trained = Distiller(student, student_hidden=16, teacher_hidden=16, project=False, seed=0)
-    objective = Objective(teacher, trained, LayerMapping.of(settings, 4, 2), settings, kind="classification")
+    objective = Objective(
+        teacher, trained, LayerMapping.of(settings, 4, 2, copied=False), settings, kind="classification"
+    )
     batch = cut(data_of("classification"), None)
     inputs = batch.parts[0].inputs
     with torch.no_grad():

@@ -62,6 +62,9 @@ def test_published_settings(size, task):
     assert (distill.warmup_ratio, distill.weight_decay) == (0.1, 0.01)
     # T_emd belongs to the softmax form, beta to the mean over batch and classes; the marginals are shared.
     assert (distill.cost_attention, distill.reduction, distill.separate_marginals) == ("softmax", "element", False)
+    # The layer weights follow cost attention at once, all mass moves between all layers, and costs are as they are.
+    assert (distill.marginal_momentum, distill.transported_mass) == (0, 1)
+    assert (distill.mapped_layers, distill.cost_scale) == ("all", "absolute")
     assert (recipe.data.path, recipe.data.task) == (f"glue/{task}", task)
     assert recipe.student.name == {"4l": "4L-312", "6l": "6L-768"}[size]
     assert recipe.data.max_length == TASKS[task].max_length

@@ -36,6 +36,8 @@ FIRST_TEACHER = re.findall(
     model sha256 finetune epochs batch_size learning_rate warmup_ratio weight_decay seed precision checkpoint_seconds
     """,
 )
+# What was done before there were settings for it.
+BEFORE = {"marginal_momentum": 0.0, "transported_mass": 1.0, "mapped_layers": "all", "cost_scale": "absolute"}
 FIRST_STUDENT = ("name", "layers", "hidden", "heads", "intermediate", "init")
 
 
@@ -44,7 +46,7 @@ def recipe(model: Path, **changes: dict[str, Any]) -> Recipe:
         "teacher": {"model": str(model), "precision": "float32"},
         "data": {"path": "demo"},
         "student": SIZES,
-        "distill": {"precision": "float32"},
+        "distill": BEFORE | {"precision": "float32"},
     }
     for section, body in changes.items():
         content[section] = content.get(section, {}) | body
@@ -81,6 +83,27 @@ def test_later_settings_are_no_inputs_where_they_do_nothing(teacher: Path, mappi
     plain = distill_inputs(recipe(teacher, distill={"mapping": mapping}), teacher, SHARED)
     with_it = recipe(teacher, distill={"mapping": mapping, name: value})
     assert distill_inputs(with_it, teacher, SHARED) == plain
+
+
+@pytest.mark.parametrize(
+    ("student", "mapped", "mass"),
+    [
+        ({"layers": 2}, "intermediate", 1 / 3),  # copies of two of the teacher's four layers
+        ({"layers": 2, "fit_layers": "always"}, "all", 1.0),
+        ({"layers": 2, "init": "random"}, "all", 1.0),
+    ],
+)
+def test_settings_left_to_the_student_s_start_are_inputs_as_they_come_to(
+    tiny_bert: Callable[..., Path], student: dict[str, Any], mapped: str, mass: float
+) -> None:
+    teacher = tiny_bert("deep", layers=4)
+
+    def inputs(**flow: Any) -> dict[str, Any]:
+        return distill_inputs(recipe(teacher, student=student, distill=flow), teacher, SHARED)
+
+    left = inputs(transported_mass=None, mapped_layers="auto")
+    assert left == inputs(transported_mass=mass, mapped_layers=mapped)
+    assert left != inputs(transported_mass=0.5, mapped_layers=mapped)
 
 
 def test_the_epoch_that_is_kept_is_an_input_of_the_teacher(teacher: Path) -> None:
@@ -192,7 +215,7 @@ def test_the_weights_a_student_starts_from_are_an_input(
     from bertemd_deploy import students
 
     start = tiny_bert("start", seed=3)
-    monkeypatch.setitem(students.STUDENTS, "4L", students.Shape(4, start=str(start)))
+    monkeypatch.setitem(students.STUDENTS, "4L", students.Shape(2, start=str(start)))
     settings = [
         recipe(teacher, student={"init": str(start)}),
         recipe(teacher, student=dict.fromkeys(SIZES) | {"name": "4L"}),
