@@ -31,6 +31,7 @@ PUBLISHED = {
     "mapped_layers": "all",
     "cost_scale": "absolute",
 }
+NO_MATTER = ("seed", "teacher_cache_bytes")  # of `distill`: of what a student is, to rounding
 GATE_ROWS = 400  # of train, on which the form of int8 is chosen
 
 
@@ -84,10 +85,13 @@ class Cell:
 
 
 def key_of(grid: str, variant: str, recipe: Recipe, *, held_out: float) -> str:
-    """Return the hash of everything that a student depends on but its seed; what is held out for choices is not exported."""
+    """Return the hash of everything that a student depends on but its seed; what is held out for choices is not exported.
+
+    A setting that changes a student by no more than rounding is no part of it (`NO_MATTER`).
+    """
     exported = () if held_out else ("export", "quantize")
     given = _given(recipe, ("teacher", "data", "student", "distill", *exported))
-    given["distill"].pop("seed", None)
+    given["distill"] = {name: value for name, value in given["distill"].items() if name not in NO_MATTER}
     return sha256_json({"grid": grid, "variant": variant, "recipe": given, "held_out": held_out})[:16]
 
 

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from glue_plan import OF_STUDENT, PUBLISHED, Cell, cells
+from glue_plan import NO_MATTER, OF_STUDENT, PUBLISHED, Cell, cells
 from glue_stats import Grid, Line, Lines, mean_sd, metric_names, same_origin
 from glue_words import NOT_RUN, listed, spread, table
 
 from bertemd_deploy.settings import DistillSettings, StudentSettings
 
 Settings = Mapping[str, Any]
-NO_MATTER = ("seed", "teacher_cache_bytes")  # of what a student is, to rounding
 OF_STUDENT_PLAIN = {name: getattr(StudentSettings(), name) for name in OF_STUDENT}
 PLAIN: dict[str, Any] = dataclasses.asdict(DistillSettings()) | PUBLISHED | OF_STUDENT_PLAIN
 

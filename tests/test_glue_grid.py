@@ -181,6 +181,17 @@ def test_the_student_s_settings_are_tried_beside_those_of_training(grid, tmp_pat
     assert glue_settings.distill_settings(plain["recipe"]) == settings | {"init_layers": "auto", "fit_layers": "auto"}
 
 
+def test_disk_for_the_teacher_s_outputs_makes_no_other_student(grid, tmp_path: Path) -> None:
+    (line,) = grid("--tuning")
+    plan = tmp_path / "plan.yaml"
+    written = plan.read_text(encoding="utf-8")
+    for setting, again in (("teacher_cache_bytes: 1000", []), ("temperature: 2", [line])):
+        changed = written.replace("beta: 0.5}", f"beta: 0.5, {setting}}}")
+        assert changed != written
+        plan.write_text(changed, encoding="utf-8")
+        assert len(grid("--tuning")) == 1 + len(again)
+
+
 def test_held_out_rows_are_none_of_those_trained_on(grid, tmp_path: Path) -> None:
     import glue_plan
 
