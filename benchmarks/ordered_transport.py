@@ -37,6 +37,15 @@ from bertemd_deploy.stage_inputs import distill_inputs, finetune_inputs  # noqa:
 VARIANTS = ("emd", "ordered")
 
 
+PUBLISHED = (
+    "distill.beta=0.005",
+    "distill.cost_scale=absolute",
+    "distill.marginal_momentum=0",
+    "distill.transported_mass=1",
+    "distill.mapped_layers=all",
+)
+
+
 def order_penalty(teacher_layers: int, student_layers: int) -> Tensor:
     """Return the (M, N) squared distances of relative depths, in [0, 1)."""
     depths = [(torch.arange(count, dtype=torch.float64) + 0.5) / count for count in (teacher_layers, student_layers)]
@@ -82,6 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "student.name=4L",
                 f"distill.epochs={options.epochs}",
                 "distill.learning_rate=5e-5",
+                *PUBLISHED,
             ]
         )
         data, max_length = stages.load_recipe_data(recipe.data)

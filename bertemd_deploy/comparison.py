@@ -30,7 +30,7 @@ from bertemd_deploy.facts import StudentFacts, read_student
 from bertemd_deploy.families import sizes
 from bertemd_deploy.files import claim_folder, discard_partial, read_json, write_json, write_text
 from bertemd_deploy.kept_fits import remove_fits
-from bertemd_deploy.mapping import LayerMapping
+from bertemd_deploy.mapping import LayerMapping, flow_settings
 from bertemd_deploy.metrics import evaluate_metrics
 from bertemd_deploy.models import load_classifier
 from bertemd_deploy.resampling import RESAMPLES, bootstrap, metric_of_units
@@ -146,9 +146,10 @@ def compare_mappings(
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     variants = {(name, seed): _variant(recipe, name, seed) for name in mappings for seed in seeds}
     config = check_folder(teacher)
-    layers, copied = student_shape(recipe.student, config).layers, copies_layers(recipe.student, config)
+    depths = sizes(config).layers, student_shape(recipe.student, config).layers
+    copied = copies_layers(recipe.student, config)
     for variant in variants.values():  # refuse what cannot work before the first student, not after the last but one
-        LayerMapping.of(variant.distill, sizes(config).layers, layers, copied=copied)
+        LayerMapping.of(flow_settings(variant.distill, *depths, copied=copied), *depths)
     shared = {"data": data.sha256, "max_length": max_length}
     given = distill_inputs(recipe, teacher, shared)
     given["distill"] = {key: value for key, value in given["distill"].items() if key not in ("mapping", "seed")}

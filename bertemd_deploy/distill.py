@@ -24,7 +24,7 @@ from bertemd_deploy.facts import CALIBRATION_ROWS, FACTS, SLICES, task_facts
 from bertemd_deploy.families import sizes as teacher_sizes
 from bertemd_deploy.files import discard_partial, new_file, sha256_file, write_json
 from bertemd_deploy.kernels import quicken
-from bertemd_deploy.mapping import LayerMapping
+from bertemd_deploy.mapping import LayerMapping, flow_settings
 from bertemd_deploy.models import load_classifier, reorder_outputs, save_model, set_labels
 from bertemd_deploy.objective import Distiller, Objective
 from bertemd_deploy.position_codes import hold_codes
@@ -122,10 +122,10 @@ def distill(
         keeps_fits=processes.main,
     )
     copied = copies_layers(student, teacher.config.to_dict())  # type: ignore[union-attr, operator]
-    mapping = LayerMapping.of(settings, sizes["teacher_layers"], sizes["student_layers"], copied=copied)
-    note(
-        f"student: {sizes['student_layers']} of {sizes['teacher_layers']} layers, from {start}; mapping {mapping.told}"
-    )
+    depths = sizes["teacher_layers"], sizes["student_layers"]
+    settings = flow_settings(settings, *depths, copied=copied)
+    mapping = LayerMapping.of(settings, *depths)
+    note(f"student: {depths[1]} of {depths[0]} layers, from {start}; mapping {mapping.told}")
     trained.to(device)
     processes.follow_main(trained)
     quicken(trained.student)
@@ -178,6 +178,8 @@ def distill(
     metrics = {"teacher": teacher_metrics, "student": done.epochs[done.best_epoch - 1]}
     summary = summarise(log) | sizes | {
         "mapping": settings.mapping,
+        "transported_mass": mapping.mass if mapping.solves else None,
+        "mapped_layers": settings.mapped_layers if mapping.solves else None,
         "epochs": settings.epochs,
         "best_epoch": done.best_epoch,
         "steps": done.step,

@@ -224,7 +224,7 @@ def score_factor(config: Mapping[str, Any]) -> float:
 def compared_part(config: Mapping[str, Any]) -> str:
     """Return a sentence on which part of the scores is compared, or "" where it is all there is beside the mask."""
     family = family_of(config)
-    if family.position_scores or not _adds_bias(config):
+    if family.position_scores or not adds_bias(config):
         return ""
     return (
         f"{family.model_type} adds {family.bias} to its attention scores; the part compared with the student is "
@@ -260,7 +260,8 @@ def norm_epsilon(config: Mapping[str, Any]) -> float:
     return 1e-12 if config.get("model_type") == "distilbert" else float(config.get("layer_norm_eps") or 1e-12)
 
 
-def _adds_bias(config: Mapping[str, Any]) -> bool:
+def adds_bias(config: Mapping[str, Any]) -> bool:
+    """Say whether the model adds something to Q K^T beside the mask, for which a BERT's layers have no place."""
     return bool(family_of(config).bias) and (
         config["model_type"] != "deberta-v2" or bool(config.get("relative_attention"))
     )
@@ -269,7 +270,7 @@ def _adds_bias(config: Mapping[str, Any]) -> bool:
 def left_out(config: Mapping[str, Any], *, folded: bool = False) -> list[str]:
     """Return, in words, what of this model a BERT's layers have no place for; `folded` position scores have one."""
     family = family_of(config)
-    parts = [family.bias] if _adds_bias(config) and not (folded and family.position_scores) else []
+    parts = [family.bias] if adds_bias(config) and not (folded and family.position_scores) else []
     if config.get("model_type") == "deberta-v2":
         if config.get("position_biased_input") is False:
             parts.append("the absence of absolute positions (the student's start at zero)")

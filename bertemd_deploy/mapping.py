@@ -73,19 +73,20 @@ class LayerMapping:
         self.marginals = dict.fromkeys(SIDES, start)
 
     @classmethod
-    def of(cls, settings: DistillSettings, teacher_layers: int, student_layers: int, *, copied: bool) -> LayerMapping:
+    def of(cls, settings: DistillSettings, teacher_layers: int, student_layers: int) -> LayerMapping:
         """Return the mapping that the settings ask for, with uniform marginals.
 
         Args:
-            settings: of the distillation.
+            settings: of the distillation, with nothing left open (`flow_settings`).
             teacher_layers: M.
             student_layers: N.
-            copied: as in `flow_settings`.
 
         Raises:
             RecipeError: it leaves a one-layer student nothing to learn.
+            ValueError: transported_mass or mapped_layers is left open.
         """
-        settings = flow_settings(settings, teacher_layers, student_layers, copied=copied)
+        if settings.transported_mass is None or settings.mapped_layers == "auto":
+            raise ValueError("transported_mass or mapped_layers is left open; see flow_settings")
         return cls(
             settings.mapping,
             teacher_layers,
@@ -94,7 +95,7 @@ class LayerMapping:
             temperature=settings.emd_temperature,
             separate=settings.separate_marginals,
             momentum=settings.marginal_momentum,
-            mass=settings.transported_mass or 1.0,
+            mass=settings.transported_mass,
             intermediate=settings.mapped_layers == "intermediate",
         )
 
@@ -209,7 +210,7 @@ def flow_settings(
         settings: of the distillation.
         teacher_layers: M.
         student_layers: N.
-        copied: whether the student's layers are copies of the teacher's, not fitted ones and not from elsewhere.
+        copied: whether the student's layers are copies that resemble the teacher's, see `students.copies_layers`.
     """
     mapped, mass = settings.mapped_layers, settings.transported_mass
     if mapped == "auto":

@@ -2,8 +2,8 @@
 
 A batch may come in parts, on one process or several. Each part's costs are weighted by its share of the batch's real
 positions, so that they add up to the costs of the whole batch; a flow is solved on that sum, once, and is the same everywhere.
-With one part a single pass does. With more, a mapping that solves runs every part twice: once without gradients for the costs,
-and, the flow known, once more with them, under the same dropout.
+With one part a single pass does. With more, every part runs twice where a mapping solves or costs are relative: once without
+gradients for the costs, and, the flow known, once more with them, under the same dropout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bertemd_deploy.batching import Batch, Part
 from bertemd_deploy.capture import LayerOutputs, LayerReader
 from bertemd_deploy.emd import attention_cost, emd_loss, hidden_cost
+from bertemd_deploy.errors import EmdError
 from bertemd_deploy.families import known_inputs
 from bertemd_deploy.losses import prediction_losses, total_loss
 from bertemd_deploy.mapping import SIDES, LayerMapping
@@ -31,6 +32,8 @@ from bertemd_deploy.training_device import matrix_precision
 
 if TYPE_CHECKING:
     from bertemd_deploy.quantization.aware import QuantAware
+
+LEAST_SQUARE = 1e-4  # of a side's largest mean square, that a relative cost is divided by
 
 
 class TeacherCache(Protocol):
@@ -227,7 +230,11 @@ class Objective:
     def _flows(self, costs: Tensor) -> dict[str, Tensor]:
         """Return the weights (rows, columns) of the step's costs, by side, from this process's share of the costs.
 
-        They are the flows; where costs are relative, sum_ij F_ij C_ij / S_i, the flows over the teacher layers' mean squares.
+        They are the flows; where costs are relative, sum_ij F_ij C_ij / S_i, the flows over the teacher layers' mean squares,
+        which count as at least `LEAST_SQUARE` of the side's largest: a layer of almost nothing would outweigh all others.
+
+        Raises:
+            EmdError: a cost is not finite, a flow cannot be solved, or all of the teacher's squares are 0.
         """
         if not self.needs_batch_costs:
             return self._chosen(self.mapping.step())
@@ -236,6 +243,10 @@ class Objective:
         if not self.relative:
             return self._chosen(self.mapping.step(costs))
         squares = costs[..., -1:]
+        largest = squares.amax(1, keepdim=True)
+        if bool((largest == 0).any()):
+            raise EmdError("the teacher's attention scores or hidden states are all 0; no cost is relative to them.")
+        squares = squares.maximum(LEAST_SQUARE * largest)
         flows = self._chosen(self.mapping.step(costs[..., :-1] / squares if self.mapping.solves else None))
         return {
             side: flows[side] / square.to("cpu", torch.float64) for side, square in zip(SIDES, squares, strict=True)

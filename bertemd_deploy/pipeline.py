@@ -220,9 +220,10 @@ class _Run:
             note(f"{name}: unchanged, skipped")
             return dict(known["record"])
         if not same or known.get("status") == "done":
-            if known and not same and any((self.out / "checkpoints" / name).glob("step-*")):
-                changed = changed_inputs(known.get("given"), inputs)
-                note(f"{name}: its inputs have changed ({changed}); its checkpoint is discarded and it starts over")
+            if known and not same:
+                left = any((self.out / "checkpoints" / name).glob("step-*"))
+                what = "its checkpoint is discarded and it starts over" if left else "it is done anew"
+                note(f"{name}: its inputs have changed ({changed_inputs(known.get('given'), inputs)}); {what}")
             shutil.rmtree(self.out / "checkpoints" / name, ignore_errors=True)
             (self.out / f"{name}.jsonl").unlink(missing_ok=True)
         entry: dict[str, Any] = {"inputs": digest, "given": inputs, "status": "running"}

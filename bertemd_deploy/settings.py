@@ -130,7 +130,7 @@ class DistillSettings:
             serves, are left out of the flow (`emd` and `emd-fixed`; `skip` and `last` leave the student's out anyway).
             "auto" leaves them out where the student's layers, two or more, are copies of the teacher's.
         cost_scale: "absolute", as published, or "relative" to the mean square of the teacher layer, which weighs attention
-            and hidden states, and early and late layers, alike, and lets one beta do for teachers of any scale.
+            and hidden states, and early and late layers, alike. L_emb stays absolute.
         dropout: of the student's hidden states and attention; null takes the teacher's.
         hidden_projection: learn W also where the widths agree (it starts as the identity).
         precision: of matrix products in training, as in `TeacherSettings`.
@@ -165,7 +165,7 @@ class DistillSettings:
     emd_temperature: float = bounded(1.0, 0, above=True)
     marginal_momentum: float = bounded(0.9, 0, 0.999)
     separate_marginals: bool = False
-    transported_mass: float | None = bounded(None, 0.05, 1)
+    transported_mass: float | None = bounded(None, 0.02, 1)
     mapped_layers: MappedLayers = "auto"
     cost_scale: CostScale = "relative"
     dropout: float | None = bounded(None, 0, 0.9)

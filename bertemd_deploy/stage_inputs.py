@@ -39,6 +39,7 @@ _LATER_DISTILL: dict[str, Any] = {
     "cost_scale": "absolute",
     "dropout": None,
 }
+_FIRST_BETA = 0.005  # the default that the first versions recorded
 _LATER_EXPORT = ("target", "vocabulary", "tokenizer_inside")
 _LATER_QUANTIZE = ("max_changed", "embedding_bits", "float16_on_cpu")
 _LATER = ("model_files", "initial_weights")  # inputs that earlier versions did not record
@@ -88,6 +89,8 @@ def distill_inputs(recipe: Recipe, teacher: Path, shared: Mapping[str, Any]) -> 
     unused += () if settings.mapping == "emd" else ("marginal_momentum",)
     unused += () if settings.mapping in ("emd", "emd-fixed") else ("transported_mass", "mapped_layers")
     unused += ("cost_scale",) if settings.mapping == "none" else ()
+    if settings.mapping == "none" and settings.beta == plain.beta:
+        settings = replace(settings, beta=_FIRST_BETA)  # it does nothing
     config = check_folder(teacher)
     layers, copied = student_shape(recipe.student, config).layers, copies_layers(recipe.student, config)
     settings = flow_settings(settings, sizes(config).layers, layers, copied=copied)

@@ -18,7 +18,7 @@ from bertemd_deploy.checkpoints import check_folder, find_model
 from bertemd_deploy.console import note, warn
 from bertemd_deploy.encoding import Encoded, TextEncoder
 from bertemd_deploy.errors import ModelError, RecipeError
-from bertemd_deploy.families import family_of, feed_forward_activation, norm_epsilon, positions, sizes
+from bertemd_deploy.families import adds_bias, family_of, feed_forward_activation, norm_epsilon, positions, sizes
 from bertemd_deploy.inherit import fill, stored_weights
 from bertemd_deploy.kept_fits import fit_or_read
 from bertemd_deploy.mapping import even_layers
@@ -93,8 +93,12 @@ def start_name(settings: StudentSettings) -> str:
 
 
 def copies_layers(settings: StudentSettings, teacher: Mapping[str, Any]) -> bool:
-    """Say whether a student's layers are copies of the teacher's as they are, neither fitted nor from elsewhere."""
-    return start_name(settings) == "teacher" and not fits_layers(settings.fit_layers, teacher)
+    """Say whether a student's layers are copies that give what the teacher's give.
+
+    They are not fitted, not from elsewhere, and nothing in the teacher's attention is lost in a BERT's layers.
+    """
+    copied = start_name(settings) == "teacher" and not fits_layers(settings.fit_layers, teacher)
+    return copied and not adds_bias(teacher)
 
 
 def uneven_layers(settings: StudentSettings, teacher: Mapping[str, Any]) -> list[int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,23 @@ def test_flows_between_intermediate_layers_reach_no_last_layer(tiny_task: Task, 
             np.testing.assert_allclose(flow[:3, 0].sum(), 1.0)
             assert (flow[3] == 0).all()
             assert (flow[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("student", "mapped", "mass"),
+    [({}, "intermediate", 1 / 3), ({"fit_layers": "always"}, "all", 1.0), ({"init": "random"}, "all", 1.0)],
+)
+def test_what_is_left_open_follows_the_student_s_start(
+    tiny_task: Task, tmp_path: Path, student: dict[str, str], mapped: str, mass: float
+) -> None:
+    teacher, data = tiny_task()
+    own = replace(SMALL, **student)
+    record = train(teacher, data, tmp_path / "student", student=own, epochs=1)
+    assert (record["mapped_layers"], record["transported_mass"]) == (mapped, pytest.approx(mass))
+    for line in steps(tmp_path / "student"):
+        flow = np.array(line["hidden_flow"])
+        np.testing.assert_allclose(flow.sum(), 1.0)
+        assert bool((flow[3] == 0).all() and (flow[:, 1] == 0).all()) is (mapped == "intermediate")
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)

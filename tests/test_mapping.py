@@ -188,7 +188,7 @@ def test_intermediate_layers_need_two_layers():
 def test_flow_settings_left_to_the_start_of_the_student(teachers, students, copied, expected):
     settings = flow_settings(DistillSettings(), teachers, students, copied=copied)
     assert (settings.mapped_layers, settings.transported_mass) == expected
-    mapping = LayerMapping.of(DistillSettings(), teachers, students, copied=copied)
+    mapping = LayerMapping.of(settings, teachers, students)
     assert (mapping.left_out, mapping.mass) == (int(expected[0] == "intermediate"), expected[1])
 
 
@@ -197,6 +197,12 @@ def test_flow_settings_that_are_given_stay():
     assert flow_settings(given, 12, 6, copied=True) == given
     assert flow_settings(DistillSettings(mapped_layers="all"), 12, 6, copied=True).transported_mass == 0.5
     assert flow_settings(DistillSettings(mapped_layers="intermediate"), 12, 6, copied=False).transported_mass == 1.0
+
+
+@pytest.mark.parametrize("given", [{"transported_mass": 1.0}, {"mapped_layers": "all"}])
+def test_settings_left_open_make_no_mapping(given):
+    with pytest.raises(ValueError, match="left open"):
+        LayerMapping.of(DistillSettings(**given), 12, 6)
 
 
 @pytest.mark.parametrize(
@@ -209,14 +215,15 @@ def test_flow_settings_that_are_given_stay():
     ],
 )
 def test_mapping_in_words(kind, copied, told):
-    assert LayerMapping.of(DistillSettings(mapping=kind), 12, 6, copied=copied).told == told
+    settings = flow_settings(DistillSettings(mapping=kind), 12, 6, copied=copied)
+    assert LayerMapping.of(settings, 12, 6).told == told
 
 
 def test_with_the_mass_of_the_student_s_layers_each_learns_from_the_nearest_alone():
     costs = torch.full((2, 6, 4), 1.0)
     for student, teacher in enumerate((0, 2, 3)):
         costs[:, teacher, student] = 0.1
-    mapping = LayerMapping.of(DistillSettings(mapping="emd-fixed"), 6, 4, copied=True)
+    mapping = LayerMapping.of(flow_settings(DistillSettings(mapping="emd-fixed"), 6, 4, copied=True), 6, 4)
     for flow in mapping.step(costs[:, mapping.rows][:, :, mapping.columns]).values():
         assert pairs(flow) == [(0, 0), (2, 1), (3, 2)]
 

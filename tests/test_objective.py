@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from torch import Tensor
 from bertemd_deploy.artifact import DataSlice
 from bertemd_deploy.batching import Batch, Batching
 from bertemd_deploy.capture import LayerReader
-from bertemd_deploy.mapping import SIDES, LayerMapping
-from bertemd_deploy.objective import Distiller, Objective
+from bertemd_deploy.errors import EmdError
+from bertemd_deploy.mapping import SIDES, LayerMapping, flow_settings
+from bertemd_deploy.objective import LEAST_SQUARE, Distiller, Objective
 from bertemd_deploy.processes import Processes
 from bertemd_deploy.settings import DistillSettings
 from bertemd_deploy.tasks import Kind
@@ -31,7 +33,7 @@ def outputs(kind: Kind) -> int:
 def build(kind: Kind = "classification", *, dropout: float = 0.0, **settings: Any) -> Objective:
     """Return the objective of a 4-layer teacher and a 2-layer student of the same width."""
     plain = {"beta": 0.5, "alpha": 0.7, "cost_scale": "absolute", "mapped_layers": "all", "marginal_momentum": 0.0}
-    given = DistillSettings(**(plain | settings))
+    given = flow_settings(DistillSettings(**(plain | settings)), 4, 2, copied=False)
     teacher = tiny_model(outputs=outputs(kind), kind=kind, num_hidden_layers=4).requires_grad_(False)
     student = tiny_model(
         outputs=outputs(kind),
@@ -41,7 +43,7 @@ def build(kind: Kind = "classification", *, dropout: float = 0.0, **settings: An
         attention_probs_dropout_prob=dropout,
     )
     trained = Distiller(student, student_hidden=32, teacher_hidden=32, project=given.mapping != "none", seed=0)
-    mapping = LayerMapping.of(given, 4, 2, copied=False)
+    mapping = LayerMapping.of(given, 4, 2)
     trained.train()
     return Objective(teacher, trained, mapping, given, kind=kind)
 
@@ -99,12 +101,10 @@ def test_a_teacher_that_adds_positions_to_its_scores_is_compared_with_them() -> 
     """C_A[i, j] = mean((Q_i K_i^T / sqrt(d) + P - s_j)^2) over heads and real positions."""
     words = tiny_model().config.vocab_size
     teacher = family_model("mpnet", vocabulary=words, positions=66).requires_grad_(False)
-    settings = DistillSettings(mapping="emd")
+    settings = flow_settings(DistillSettings(mapping="emd"), 4, 2, copied=False)
     student = tiny_model(outputs=2, hidden_size=16, num_attention_heads=2, intermediate_size=32)
     trained = Distiller(student, student_hidden=16, teacher_hidden=16, project=False, seed=0)
-    objective = Objective(
-        teacher, trained, LayerMapping.of(settings, 4, 2, copied=False), settings, kind="classification"
-    )
+    objective = Objective(teacher, trained, LayerMapping.of(settings, 4, 2), settings, kind="classification")
     batch = cut(data_of("classification"), None)
     inputs = batch.parts[0].inputs
     with torch.no_grad():
@@ -154,6 +154,33 @@ def test_relative_costs_are_over_the_teacher_layers_mean_squares(monkeypatch: py
             torch.testing.assert_close(solved[0][at].double(), relative, rtol=1e-4, atol=1e-6)
     assert gradients
     assert len(solved) == 1
+
+
+@pytest.mark.parametrize("mapping", ["emd", "uniform"])
+def test_a_teacher_layer_of_almost_nothing_does_not_outweigh_the_others(mapping: str) -> None:
+    batch = cut(data_of("classification"), None)
+    objective = build(mapping=mapping, cost_scale="relative")
+    silence(objective, layers=[1])  # one that every mapping compares
+    outcome, gradients = one_step(objective, batch)
+    queries = objective.read_teacher(batch.parts[0].inputs).queries
+    assert queries[1].abs().max() == 0 < queries[0].abs().max()
+    assert 0 < outcome.parts["attention"] < 1 / LEAST_SQUARE
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_a_teacher_whose_scores_are_all_0_has_no_relative_costs() -> None:
+    objective = build(mapping="emd", cost_scale="relative")
+    silence(objective, layers=range(4))
+    with pytest.raises(EmdError, match="the teacher's attention scores or hidden states are all 0"):
+        objective(cut(data_of("classification"), None))
+
+
+def silence(objective: Objective, *, layers: Iterable[int]) -> None:
+    """Let these layers of the teacher score every pair of positions 0."""
+    for layer in layers:
+        query = objective.teacher.bert.encoder.layer[layer].attention.self.query
+        query.weight.zero_()
+        query.bias.zero_()
 
 
 def test_uneven_parts_weigh_by_their_units() -> None:

@@ -100,6 +100,7 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again(
 
     assert run(distill={"epochs": 1})["finetune"] == first["finetune"]
     assert calls.take() == ["distill"]
+    assert "distill: its inputs have changed (distill.epochs); it is done anew" in capsys.readouterr().err
     lines = [json.loads(line) for line in (out / "distill.jsonl").read_text().splitlines()]
     assert {line["epoch"] for line in lines} == {1}  # the log of the first student is gone
     assert "epochs: 1" in (out / "recipe.yaml").read_text()

@@ -17,6 +17,7 @@ from bertemd_deploy.config import Recipe, build_recipe
 from bertemd_deploy.errors import ModelError, RecipeError
 from bertemd_deploy.facts import FACTS, RANGES
 from bertemd_deploy.files import sha256_file, sha256_json
+from bertemd_deploy.settings import MAPPINGS
 from bertemd_deploy.stage_inputs import changed_inputs, distill_inputs, export_inputs, finetune_inputs, is_same
 from bertemd_deploy.targets import resolve
 
@@ -104,6 +105,19 @@ def test_settings_left_to_the_student_s_start_are_inputs_as_they_come_to(
     left = inputs(transported_mass=None, mapped_layers="auto")
     assert left == inputs(transported_mass=mass, mapped_layers=mapped)
     assert left != inputs(transported_mass=0.5, mapped_layers=mapped)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_other_defaults_are_other_inputs_where_they_do_something(teacher: Path, mapping: str) -> None:
+    content = {
+        "teacher": {"model": str(teacher)},
+        "data": {"path": "demo"},
+        "student": SIZES | {"layers": 2, "init": "random"},
+    }
+    now = build_recipe(content | {"distill": {"mapping": mapping}}, where="test")
+    then = build_recipe(content | {"distill": {"mapping": mapping, "beta": 0.005} | BEFORE}, where="test")
+    before = sha256_json(distill_inputs(then, teacher, SHARED))
+    assert is_same(before, distill_inputs(now, teacher, SHARED)) is (mapping == "none")
 
 
 def test_the_epoch_that_is_kept_is_an_input_of_the_teacher(teacher: Path) -> None:
