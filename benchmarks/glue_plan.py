@@ -21,8 +21,9 @@ from bertemd_deploy.files import sha256_json
 PLAN = Path(__file__).with_name("glue.yaml")
 ROWS_SEED = 20201116  # any fixed number: the same rows are held out for every setting, and judge every int8 graph
 OF_STUDENT = ("fit_layers", "init_layers")  # of a mapping's settings, what belongs to the student's section
-# What a plan does not set, as published, whatever the tool's own defaults are: they may change, a record does not.
-PUBLISHED = {
+# What a plan does not set is as the tool's first defaults were, whatever they are now: they may change, a record does not.
+# beta, and how flows and costs are made, are as published in them.
+FIRST_DEFAULTS = {
     "epochs": 10,
     "learning_rate": 2e-5,
     "beta": 0.005,
@@ -96,10 +97,10 @@ def key_of(grid: str, variant: str, recipe: Recipe, *, held_out: float) -> str:
 
 
 def _given(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Return what is set otherwise than as published or by default, so that a setting added later changes nothing."""
+    """Return what is set otherwise than by the first defaults, so that a setting added later changes nothing."""
     content = recipe.to_dict()
     plain = {name: dataclasses.asdict(type(getattr(recipe, name))()) for name in sections}
-    plain["distill"] = plain.get("distill", {}) | PUBLISHED
+    plain["distill"] = plain.get("distill", {}) | FIRST_DEFAULTS
     return {
         name: {key: value for key, value in content[name].items() if value != plain[name][key]} for name in sections
     }
@@ -108,7 +109,7 @@ def _given(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, dict[str, Any
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a results file, with the recipes and keys they have today; none where there is no file.
 
-    Settings that are newer than a line are as published, or by default; a line of settings that are gone keeps its key,
+    Settings that are newer than a line are as at first; a line of settings that are gone keeps its key,
     which is no cell's.
     What a killed process left of a line is not read.
     """
@@ -119,7 +120,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         lines = [json.loads(text) for text in file if is_whole(text)]
     for line in lines:
         with contextlib.suppress(RecipeError):
-            content = line["recipe"] | {"distill": PUBLISHED | line["recipe"].get("distill", {})}
+            content = line["recipe"] | {"distill": FIRST_DEFAULTS | line["recipe"].get("distill", {})}
             recipe = build_recipe(content, where=str(path))
             line["recipe"] = recipe.to_dict()
             line["key"] = key_of(line["grid"], line["variant"], recipe, held_out=line["held_out"])
@@ -173,7 +174,7 @@ def _cell(
     variant = str(setting["variant"])
     tried = {name: value for name, value in setting.items() if name not in ("variant", *OF_STUDENT)}
     student = {name: setting[name] for name in OF_STUDENT if name in setting}
-    base = PUBLISHED | own["distill"] | entry["variants"][variant]
+    base = FIRST_DEFAULTS | own["distill"] | entry["variants"][variant]
     content = {
         "teacher": {"model": entry["encoder"]} | own["teacher"],
         "data": {"path": task, "task": task} | own.get("data", {}),

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from glue_plan import NO_MATTER, OF_STUDENT, PUBLISHED, Cell, cells
+from glue_plan import FIRST_DEFAULTS, NO_MATTER, OF_STUDENT, Cell, cells
 from glue_stats import Grid, Line, Lines, mean_sd, metric_names, same_origin
 from glue_words import NOT_RUN, listed, spread, table
 
@@ -15,7 +15,7 @@ from bertemd_deploy.settings import DistillSettings, StudentSettings
 
 Settings = Mapping[str, Any]
 OF_STUDENT_PLAIN = {name: getattr(StudentSettings(), name) for name in OF_STUDENT}
-PLAIN: dict[str, Any] = dataclasses.asdict(DistillSettings()) | PUBLISHED | OF_STUDENT_PLAIN
+PLAIN: dict[str, Any] = dataclasses.asdict(DistillSettings()) | FIRST_DEFAULTS | OF_STUDENT_PLAIN
 
 
 def distill_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +42,9 @@ def settings_section(grid: Grid) -> Iterator[str]:
         names, shared = _telling(list(own.values()))
         rows = [[variant, _text(settings, names, but=shared)] for variant, settings in own.items()]
         words = f"For all: {_text(next(iter(own.values())), shared)}." if shared and own else "Each as it says:"
-        by_table.setdefault((words, *table(["mapping", "settings other than published"], rows)), []).append(task)
+        by_table.setdefault((words, *table(["mapping", "settings other than the first defaults"], rows)), []).append(
+            task
+        )
     for (words, *rows), tasks in by_table.items():
         yield from ["", f"Settings on {listed(tasks)}. {words}", "", *rows]
 
@@ -157,7 +159,7 @@ def _telling(settings: Sequence[Settings]) -> tuple[list[str], list[str]]:
 
 def _text(settings: Settings, names: Sequence[str], *, but: Sequence[str] = ()) -> str:
     own = [f"{name} {settings[name]}" for name in names if name not in but and settings[name] != PLAIN[name]]
-    return ", ".join(own) or "as published"
+    return ", ".join(own) or "first defaults"
 
 
 def _kl(lines: Lines) -> float:
