@@ -42,9 +42,8 @@ def settings_section(grid: Grid) -> Iterator[str]:
         names, shared = _telling(list(own.values()))
         rows = [[variant, _text(settings, names, but=shared)] for variant, settings in own.items()]
         words = f"For all: {_text(next(iter(own.values())), shared)}." if shared and own else "Each as it says:"
-        by_table.setdefault((words, *table(["mapping", "settings other than the first defaults"], rows)), []).append(
-            task
-        )
+        shown = table(["mapping", "settings other than the first defaults"], rows)
+        by_table.setdefault((words, *shown), []).append(task)
     for (words, *rows), tasks in by_table.items():
         yield from ["", f"Settings on {listed(tasks)}. {words}", "", *rows]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from glue_bars import BARS, NEEDS, verdict_lines
 from glue_figures import Picture, draw_flows, picture_rows
-from glue_plan import read_lines, read_plan, starts_elsewhere
+from glue_plan import FIRST_DEFAULTS, read_lines, read_plan, starts_elsewhere
 from glue_settings import changed, settings_section, tuning_section
 from glue_stats import (
     RESAMPLES,
@@ -202,6 +202,7 @@ def _method(grids: Sequence[Grid]) -> list[str]:
         f"- Choices. {words}",
         "  Settings are chosen on a part of train that is held out: the last table of a grid shows what was tried for each",
         "  mapping. A mapping for which more was tried has an advantage.",
+        f"- First defaults of `distill`: {listed([f'{name} {value}' for name, value in FIRST_DEFAULTS.items()])}.",
         "- Metrics are of dev, mean ± standard deviation (n - 1) over seeds. The first of a task is its main metric.",
         "- Agreement is the share of dev rows that student and teacher give the same label, right or wrong.",
         "- KL is the mean over dev rows of KL(teacher || student) = sum_c p_c (log p_c - log q_c), in nats; p are the",

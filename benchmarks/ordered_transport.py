@@ -35,8 +35,6 @@ from bertemd_deploy.mapping import LayerMapping  # noqa: E402
 from bertemd_deploy.stage_inputs import distill_inputs, finetune_inputs  # noqa: E402
 
 VARIANTS = ("emd", "ordered")
-
-
 PUBLISHED = (
     "distill.beta=0.005",
     "distill.cost_scale=absolute",

@@ -245,7 +245,10 @@ class Objective:
         squares = costs[..., -1:]
         largest = squares.amax(1, keepdim=True)
         if bool((largest == 0).any()):
-            raise EmdError("the teacher's attention scores or hidden states are all 0; no cost is relative to them.")
+            raise EmdError(
+                "the teacher's attention scores or hidden states are all 0: no cost can be relative to them. "
+                "If the teacher is as it should be, set distill.cost_scale to absolute."
+            )
         squares = squares.maximum(LEAST_SQUARE * largest)
         flows = self._chosen(self.mapping.step(costs[..., :-1] / squares if self.mapping.solves else None))
         return {
