@@ -40,6 +40,12 @@ def test_minimal_recipe_gets_the_defaults(tmp_path: Path):
     assert recipe.export.opset == 17
 
 
+def test_the_layer_loss_is_by_default_what_was_chosen_on_held_out_rows(tmp_path: Path):
+    distill = load(tmp_path, MINIMAL).distill  # benchmarks/RESULTS.md and the changelog name these values
+    assert (distill.beta, distill.cost_scale, distill.marginal_momentum) == (16.0, "relative", 0.9)
+    assert (distill.transported_mass, distill.mapped_layers) == (None, "auto")
+
+
 def test_values_of_every_kind(tmp_path: Path):
     recipe = load(
         tmp_path,
